@@ -1,0 +1,460 @@
+"""The federation's server: averages what the clients learned, and never sees an image.
+
+python3 server.py                          # 3 rounds with 2 clients on this machine
+python3 server.py --rounds 10 --resume     # go on where a run ended or was stopped
+python3 server.py --help                   # every setting
+"""
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: end at once, in the imports too
+
+import argparse
+import contextlib
+import io
+import ipaddress
+import json
+import logging
+import math
+import os
+import socket
+import ssl
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Flower reads these as it is imported: it reports nothing to its maker, and leaves the talking to
+# the lines printed here. A setting of the user's own wins.
+os.environ["FLWR_TELEMETRY_ENABLED"] = os.environ.get("FLWR_TELEMETRY_ENABLED", "0")
+os.environ["FLWR_LOG_LEVEL"] = os.environ.get("FLWR_LOG_LEVEL", "WARNING")
+
+import flwr as fl
+import numpy as np
+import torch
+from flwr.common import (
+    Context,
+    EvaluateRes,
+    FitIns,
+    FitRes,
+    Parameters,
+    Scalar,
+    ndarrays_to_parameters,
+    parameters_to_ndarrays,
+)
+from flwr.server import Server, ServerApp, ServerAppComponents, ServerConfig, SimpleClientManager
+from flwr.server.client_manager import ClientManager
+from flwr.server.client_proxy import ClientProxy
+from flwr.server.criterion import Criterion
+from flwr.server.strategy import FedAvg
+
+import cifar
+
+History = list[dict[str, Any]]  # one dict a round: round, loss, accuracy, clients, seconds
+
+
+class CifarStrategy(FedAvg):
+    """FedAvg that says what happens, refuses bad results, and keeps the model after every round.
+
+    `model` is the state_dict to start from, `history` the rounds behind it, `path` where both are
+    kept, `rounds` how many there are to be in all, `fit_config` what each fit() is told.
+    """
+
+    def __init__(
+        self,
+        model: dict[str, torch.Tensor],
+        history: History,
+        path: Path,
+        rounds: int,
+        min_clients: int,
+        fit_config: dict[str, Scalar],
+    ) -> None:
+        self.model = {name: value.numpy() for name, value in model.items()}
+        self.history, self.path, self.rounds = history, path, rounds
+        self.clients, self.started, self.saved = 0, 0.0, True
+        super().__init__(
+            min_fit_clients=min_clients,
+            min_available_clients=min_clients,
+            min_evaluate_clients=1,
+            initial_parameters=ndarrays_to_parameters(list(self.model.values())),
+            on_fit_config_fn=lambda _: fit_config,
+            fit_metrics_aggregation_fn=lambda _: {},
+            evaluate_metrics_aggregation_fn=average_accuracy,
+        )
+
+    def log(self, message: str) -> None:
+        """Say what happens in the round that is running."""
+        print(f"Round {len(self.history) + 1}/{self.rounds}: {message}", flush=True)
+
+    def configure_fit(
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, FitIns]]:
+        """Wait for enough clients, then start a round with all of them."""
+        client_manager.wait_for(self.min_available_clients, timeout=0)
+        instructions = super().configure_fit(server_round, parameters, client_manager)
+        self.started = time.monotonic()
+        self.log(f"training on {plural(len(instructions))}")
+        return instructions
+
+    def aggregate_fit(
+        self,
+        server_round: int,
+        results: list[tuple[ClientProxy, FitRes]],
+        failures: list[Any],
+    ) -> tuple[Parameters | None, dict[str, Scalar]]:
+        """Average the updates that fit the model; where there is none, the model stays."""
+        accepted = self.accept(results, failures, lambda update: bad_update(update, self.model))
+        # A sum of floats depends on their order, and who answers first must not show in the model.
+        accepted.sort(key=lambda result: result[1].parameters.tensors)
+        parameters, metrics = super().aggregate_fit(server_round, accepted, [])
+        if parameters is not None:
+            self.model = dict(zip(self.model, parameters_to_ndarrays(parameters)))
+        self.clients = len(accepted)
+        return parameters, metrics
+
+    def num_evaluation_clients(self, num_available_clients: int) -> tuple[int, int]:
+        """Test on whoever is there: a round whose training is done waits for nobody."""
+        return super().num_evaluation_clients(num_available_clients)[0], 1
+
+    def aggregate_evaluate(
+        self,
+        server_round: int,
+        results: list[tuple[ClientProxy, EvaluateRes]],
+        failures: list[Any],
+    ) -> tuple[float | None, dict[str, Scalar]]:
+        """Average loss and accuracy over all clients' test images; keep model and history."""
+        accepted = self.accept(results, failures, bad_evaluation)
+        loss, metrics = super().aggregate_evaluate(server_round, accepted, [])
+        record = {
+            "round": len(self.history) + 1,
+            "loss": loss,
+            "accuracy": metrics.get("accuracy"),
+            "clients": self.clients,
+            "seconds": round(time.monotonic() - self.started, 3),
+        }
+        self.log("loss {}, accuracy {}, {} clients, {} s".format(*row(record)[1:]))
+        self.history.append(record)
+        try:
+            save(self.path, self.model, self.history)
+            self.saved = True
+        except OSError as error:
+            print(f"Cannot write {self.path}: {error.strerror}. It stays as it was.", flush=True)
+            self.saved = False
+        return loss, metrics
+
+    def accept(
+        self,
+        results: list[tuple[ClientProxy, Any]],
+        failures: list[Any],
+        problem: Callable[[Any], str],
+    ) -> list[tuple[ClientProxy, Any]]:
+        """Return the results without a problem; name the others, and count who gave none."""
+        accepted = []
+        for client, result in results:
+            if reason := problem(result):
+                name = result.metrics.get("client", client.cid)
+                self.log(f"result of client {name!r} refused: {reason}")
+            else:
+                accepted.append((client, result))
+        if failures:
+            self.log(f"{plural(len(failures))} dropped out, going on with the others")
+        return accepted
+
+
+def bad_update(update: FitRes, model: dict[str, np.ndarray]) -> str:
+    """Say why a client's update cannot be averaged into the model; an empty string if it can."""
+    if update.num_examples < 1:
+        return f"trained on {update.num_examples} examples"
+    try:
+        arrays = parameters_to_ndarrays(update.parameters)
+    except Exception as error:  # noqa: BLE001, NumPy raises many kinds for bytes of no array
+        return f"unreadable ({error})"
+    if len(arrays) != len(model):
+        return f"{len(arrays)} arrays instead of {len(model)}"
+    for (name, ours), theirs in zip(model.items(), arrays):
+        if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
+            return f"{name} is {theirs.dtype}{theirs.shape} instead of {ours.dtype}{ours.shape}"
+        if not np.isfinite(theirs).all():
+            return f"NaN or infinity in {name}"
+    return ""
+
+
+def bad_evaluation(evaluation: EvaluateRes) -> str:
+    """Say why a client's test result cannot be averaged; an empty string if it can."""
+    accuracy = evaluation.metrics.get("accuracy")
+    if evaluation.num_examples < 1:
+        return f"tested on {evaluation.num_examples} examples"
+    if not isinstance(accuracy, float) or not math.isfinite(evaluation.loss + accuracy):
+        return f"loss {evaluation.loss}, accuracy {accuracy!r}"
+    return ""
+
+
+def average_accuracy(metrics: list[tuple[int, dict[str, Scalar]]]) -> dict[str, Scalar]:
+    """Average the clients' accuracies, weighted by their numbers of test images."""
+    total = sum(num_examples for num_examples, _ in metrics)
+    return {"accuracy": sum(n * float(values["accuracy"]) for n, values in metrics) / total}
+
+
+class PatientClientManager(SimpleClientManager):
+    """Waits for clients as long as it takes, and says for how many."""
+
+    def wait_for(self, num_clients: int, timeout: int = 0) -> bool:
+        """Return once `num_clients` are connected, whatever the timeout."""
+        with self._cv:
+            while (connected := len(self.clients)) < num_clients:
+                print(f"Waiting for {plural(num_clients)}: {connected} connected", flush=True)
+                self._cv.wait_for(lambda: len(self.clients) != connected)
+        return True
+
+    def sample(
+        self,
+        num_clients: int,
+        min_num_clients: int | None = None,
+        criterion: Criterion | None = None,
+    ) -> list[ClientProxy]:
+        """Wait, then return up to `num_clients`; Flower's own returns none if one just left."""
+        self.wait_for(min_num_clients or num_clients)
+        return super().sample(min(num_clients, len(self.clients)), 0, criterion)
+
+
+def save(path: Path, model: dict[str, np.ndarray], history: History) -> None:
+    """Write the state_dict to `path` and the history beside it, each whole or not at all.
+
+    Raises OSError; what was there before is then untouched.
+    """
+    state_dict = OrderedDict((name, torch.from_numpy(value)) for name, value in model.items())
+    # The model carries its history, where PyTorch keeps a state_dict's version: a server that is
+    # killed between the two files can resume, and a history of another model is found out.
+    state_dict._metadata = {"": {"history": history}}  # type: ignore[attr-defined]
+    content = io.BytesIO()
+    torch.save(state_dict, content)
+    replace(path, content.getvalue())
+    replace(path.with_suffix(".json"), json.dumps(history, indent=2).encode() + b"\n")
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file under another name and rename it, so that nobody ever finds half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def resume(path: Path) -> tuple[dict[str, torch.Tensor], History]:
+    """Read what save() wrote; raises UserError where model and history are not a pair."""
+    model = cifar.load_model(path)
+    history_path = path.with_suffix(".json")
+    try:
+        history = json.loads(history_path.read_bytes())
+    except OSError as error:
+        raise cifar.UserError(
+            f"Cannot resume {path} without its history {history_path}: {error.strerror}."
+        ) from error
+    except ValueError as error:
+        raise cifar.UserError(f"{history_path} holds no history, or a damaged one.") from error
+    kept = getattr(model, "_metadata", {}).get("", {}).get("history")
+    # The model is written first, so it may know of one round more.
+    if not isinstance(kept, list) or history not in (kept, kept[:-1]):
+        raise cifar.UserError(f"{history_path} is not the history of {path}.")
+    return model, kept
+
+
+def move_aside(path: Path) -> None:
+    """Rename the model of an earlier run, and its history, so that the new one loses neither."""
+    if not path.exists():
+        return
+    with contextlib.suppress(cifar.UserError):
+        if not resume(path)[1]:
+            return  # a run that ended before its first round: there is nothing to keep
+    number = 1
+    while (old := path.with_stem(f"{path.stem}-{number}")).exists():
+        number += 1
+    path.rename(old)
+    with contextlib.suppress(FileNotFoundError):
+        path.with_suffix(".json").rename(old.with_suffix(".json"))
+    print(f"{path} of an earlier run is kept as {old} (--resume would have gone on with it)")
+
+
+def make_server(
+    path: Path,
+    resumed: bool = False,
+    rounds: int = 3,
+    min_clients: int = 2,
+    local_epochs: int = 1,
+    lr: float = 0.001,
+    seed: int | None = None,
+) -> tuple[Server, int]:
+    """Return the server, and how many rounds it has to run; keeps the first weights in `path`.
+
+    Raises UserError where the model cannot be read or written.
+    """
+    if path.suffix == ".json":
+        raise cifar.UserError(f"{path} would be the history's name: end the model's in .pt.")
+    if path.is_dir():
+        raise cifar.UserError(f"{path} is a folder: give the model a file name.")
+    if seed is not None:
+        torch.manual_seed(seed)
+    model, history = resume(path) if resumed else (cifar.Net().state_dict(), [])
+    strategy = CifarStrategy(
+        model, history, path, rounds, min_clients, {"lr": lr, "local_epochs": local_epochs}
+    )
+    try:
+        if not resumed:
+            move_aside(path)
+        save(path, strategy.model, history)
+    except OSError as error:
+        raise cifar.UserError(f"Cannot write the model to {path}: {error.strerror}.") from error
+    server = Server(client_manager=PatientClientManager(), strategy=strategy)
+    server.set_max_workers(1000)  # Flower would talk to only a few clients a core at a time
+    return server, max(0, rounds - len(history))
+
+
+def server_fn(context: Context) -> ServerAppComponents:
+    """Build the same server for Flower's deployment engine, from the run config."""
+    config = context.run_config
+    server, rounds = make_server(
+        path=Path(str(config.get("model", "global_model.pt"))),
+        rounds=int(config.get("rounds", 3)),
+        min_clients=int(config.get("min-clients", 2)),
+        local_epochs=int(config.get("local-epochs", 1)),
+        lr=float(config.get("lr", 0.001)),
+    )
+    return ServerAppComponents(server=server, config=ServerConfig(num_rounds=rounds))
+
+
+app = ServerApp(server_fn=server_fn)
+
+
+def check_address(address: str) -> bool:
+    """Raise UserError unless the server can listen there; return whether it is this machine's."""
+    family, kind, protocol, _, host_and_port = cifar.resolve(address)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(host_and_port)
+        except OSError as error:
+            raise cifar.UserError(
+                f"Cannot listen on {address}: {error.strerror}. "
+                "Choose another address with --server-address."
+            ) from error
+    return ipaddress.ip_address(host_and_port[0].partition("%")[0]).is_loopback
+
+
+def read_certificates(ca: Path, certificate: Path, key: Path) -> tuple[bytes, bytes, bytes]:
+    """Return the three files' contents; raises UserError unless they are what TLS needs."""
+    try:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=ca)
+        context.load_cert_chain(certificate, key, password="")
+        return ca.read_bytes(), certificate.read_bytes(), key.read_bytes()
+    except (OSError, ssl.SSLError) as error:
+        files = ", ".join(map(str, (ca, certificate, key)))
+        raise cifar.UserError(f"No TLS with {files}: {error}.") from error
+
+
+def plural(clients: int) -> str:
+    """Return the number with its noun."""
+    return f"{clients} client" if clients == 1 else f"{clients} clients"
+
+
+def row(record: dict[str, Any]) -> list[str]:
+    """Return a round's figures as text; - where no client gave one."""
+    loss, accuracy = (
+        "-" if record[key] is None else f"{record[key]:.4f}" for key in ("loss", "accuracy")
+    )
+    seconds = f"{record['seconds']:.1f}"
+    return [str(record["round"]), loss, accuracy, str(record["clients"]), seconds]
+
+
+def main() -> None:
+    """Run the rounds, and show them."""
+    parser = argparse.ArgumentParser(
+        description="FedAvg server: run a number of rounds with the clients that connect.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    number = cifar.number
+    add = parser.add_argument
+    add("--server-address", type=cifar.address, default="127.0.0.1:8080", help="where to listen")
+    add("--rounds", type=number(int, 1), default=3, help="rounds in all, resumed ones included")
+    add("--min-clients", type=number(int, 1), default=2, help="clients a round waits for")
+    add("--local-epochs", type=number(int, 1), default=1, help="a client's epochs in a round")
+    add("--lr", type=number(float, 0), default=0.001, help="the clients' learning rate")
+    add(
+        "--round-timeout",
+        metavar="SECONDS",
+        type=number(float, 0.1),
+        help="training, or testing, in a round goes on without clients that take longer; "
+        "without it, it waits for a client that hangs",
+    )
+    add("--model", type=Path, default="global_model.pt", help="where the model is kept")
+    add("--resume", action="store_true", help="go on with the model, after its last round")
+    cifar.add_seed_argument(parser)
+    add("--ssl-certfile", type=Path, help="TLS: the server's certificate (PEM)")
+    add("--ssl-keyfile", type=Path, help="TLS: the server's private key (PEM)")
+    add("--ssl-ca-certfile", type=Path, help="TLS: the certificate of the authority (PEM)")
+    args = parser.parse_args()
+    tls = [args.ssl_ca_certfile, args.ssl_certfile, args.ssl_keyfile]
+    if any(tls) and not all(tls):
+        parser.error("--ssl-certfile, --ssl-keyfile and --ssl-ca-certfile go together")
+
+    certificates = read_certificates(*tls) if all(tls) else None
+    if not check_address(args.server_address) and not certificates:
+        print(
+            f"Warning: whoever reaches {args.server_address} can join, read the model and change "
+            "it, and nothing is encrypted. See 'More than one machine' in README.md.",
+            file=sys.stderr,
+        )
+    server, rounds = make_server(
+        args.model,
+        args.resume,
+        args.rounds,
+        args.min_clients,
+        args.local_epochs,
+        args.lr,
+        args.seed,
+    )
+    strategy = server.strategy
+    assert isinstance(strategy, CifarStrategy)
+    if rounds:
+        print(f"Listening on {args.server_address}, TLS {'on' if certificates else 'off'}")
+        # start_server() is what this shape of federation needs; that it is deprecated is for us
+        # to know (see README.md), not for every user at every start.
+        logging.getLogger("flwr").addFilter(
+            lambda record: "start_server() is deprecated" not in record.getMessage()
+        )
+        try:
+            fl.server.start_server(
+                server_address=args.server_address,
+                server=server,
+                config=ServerConfig(num_rounds=rounds, round_timeout=args.round_timeout),
+                certificates=certificates,
+            )
+        except SystemExit as stop:  # Flower's answer to SIGINT and SIGTERM
+            raise cifar.UserError(
+                stop.code
+                or f"Stopped after {len(strategy.history)} of {args.rounds} rounds. "
+                f"{args.model} is kept: --resume goes on with it."
+            ) from stop
+
+    print("\nround    loss  accuracy  clients  seconds")
+    for record in strategy.history:
+        print("{:>5} {:>7}  {:>8}  {:>7}  {:>7}".format(*row(record)))
+    if not strategy.saved:
+        raise cifar.UserError(f"The last model could not be written to {args.model}.")
+    print(f"Model: {args.model.resolve()}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except cifar.UserError as error:
+        sys.exit(str(error))
