@@ -320,16 +320,14 @@ def partition(
     parts = []
     for part in range(num_partitions):
         size = (len(labels) + part) // num_partitions
-        # A draw from the Dirichlet distribution by way of logarithms, so that none underflows.
+        # A draw from the Dirichlet distribution, as logarithms: for a small alpha it underflows.
         a = alpha / 10
-        log_gamma = np.log(random.gamma(a + 1, size=10)) + np.log(random.uniform(size=10)) / a
-        mixture = np.exp(log_gamma - log_gamma.max())
+        log_share = np.log(random.gamma(a + 1, size=10)) + np.log(random.uniform(size=10)) / a
         left = np.array([len(indices) for indices in classes])
         counts = np.zeros(10, dtype=int)
         while missing := size - counts.sum():
-            share = mixture * (counts < left)  # the paper: a class that is used up drops out
-            if not share.any():
-                share = left - counts
+            log_share[counts == left] = -np.inf  # a class that is used up drops out
+            share = np.exp(log_share - log_share.max())
             counts = np.minimum(counts + random.multinomial(missing, share / share.sum()), left)
         parts.append(np.sort(np.concatenate([c[:n] for c, n in zip(classes, counts)])))
         classes = [c[n:] for c, n in zip(classes, counts)]
