@@ -1,0 +1,156 @@
+"""What the tests share: a small CIFAR-10, free addresses, and scripts that run as processes."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+os.environ["FLWR_LOG_LEVEL"] = "WARNING"
+os.environ["GRPC_VERBOSITY"] = "NONE"
+torch.set_num_threads(1)  # the scripts that run beside have need of the other cores
+
+# Runs a script as `python script.py ...` does, but with a small CIFAR-10 in place of the real one.
+SMALL = """
+import json, os, runpy, sys
+from torchvision.datasets import CIFAR10
+for name, value in json.loads(os.environ["SMALL_CIFAR"]).items():
+    setattr(CIFAR10, name, value)
+del sys.argv[0]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@dataclasses.dataclass
+class SmallCifar:
+    """A folder in CIFAR-10's layout, and what torchvision must know to take it for CIFAR-10."""
+
+    root: Path
+    attributes: dict[str, Any]
+
+
+class Script:
+    """A running script: what it prints can be waited for, and it ends with its test."""
+
+    def __init__(self, command: list[object], cwd: Path, env: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", *map(str, command)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=cwd,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        )
+        self.output = ""
+        self.more = threading.Condition()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            with self.more:
+                self.output += line
+                self.more.notify_all()
+
+    def until(self, text: str, count: int = 1, timeout: float = 60) -> None:
+        """Wait until the script has printed `text`, `count` times."""
+        ended = False
+        while self.output.count(text) < count and not ended:
+            ended = not self.reader.is_alive()
+            with self.more:
+                found = self.more.wait_for(lambda: self.output.count(text) >= count, 0.5)
+            timeout -= 0 if found else 0.5
+            assert timeout > 0, f"no {text!r} in:\n{self.output}"
+        assert self.output.count(text) >= count, f"no {text!r} in:\n{self.output}"
+
+    def end(self, timeout: float = 60) -> int:
+        """Wait until the script ends; return its exit code."""
+        code = self.process.wait(timeout)
+        self.reader.join(timeout)
+        return code
+
+    def kill(self) -> None:
+        """End the script as kill -9 does."""
+        self.process.kill()
+        self.end()
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start scripts of the project in an empty folder: start("server.py", "--rounds", 2)."""
+    scripts = []
+
+    def start_script(
+        name: str, *arguments: object, cifar: SmallCifar | None = None, **env: str
+    ) -> Script:
+        command: list[object] = [ROOT / name, *arguments]
+        if cifar:
+            command = ["-c", SMALL, *command, "--data-root", cifar.root]
+            env["SMALL_CIFAR"] = json.dumps(cifar.attributes)
+        scripts.append(Script(command, tmp_path, env))
+        return scripts[-1]
+
+    yield start_script
+    for script in scripts:
+        script.kill()
+
+
+@pytest.fixture
+def address() -> str:
+    """Return HOST:PORT with a port that is free."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.fixture(scope="session")
+def small_cifar(tmp_path_factory) -> SmallCifar:
+    """Make a CIFAR-10 of 500 + 100 random images: the archive, and unpacked beside it."""
+    root = tmp_path_factory.mktemp("cifar")
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir()
+    random = np.random.RandomState(0)
+    sums = []
+    for name in [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]:
+        entry = {
+            "data": random.randint(256, size=(100, 3072), dtype=np.uint8),
+            "labels": random.permutation(np.arange(100) % 10).tolist(),
+        }
+        content = pickle.dumps(entry)
+        (folder / name).write_bytes(content)
+        sums.append((name, hashlib.md5(content).hexdigest()))
+    archive = root / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(folder, arcname=folder.name)
+    attributes = {
+        "url": "http://127.0.0.1:9/",  # the port "discard": nothing is fetched by mistake
+        "tgz_md5": hashlib.md5(archive.read_bytes()).hexdigest(),
+        "train_list": sums[:5],
+        "test_list": sums[5:],
+    }
+    return SmallCifar(root, attributes)
+
+
+@pytest.fixture
+def cifar_copy(small_cifar, tmp_path) -> SmallCifar:
+    """Return a copy of the small CIFAR-10, to be damaged."""
+    shutil.copytree(small_cifar.root, tmp_path / "data")
+    return SmallCifar(tmp_path / "data", dict(small_cifar.attributes))
