@@ -107,7 +107,7 @@ class CifarStrategy(FedAvg):
     ) -> tuple[Parameters | None, dict[str, Scalar]]:
         """Average the updates that fit the model; where there is none, the model stays."""
         accepted = self.accept(results, failures, lambda update: bad_update(update, self.model))
-        # A sum of floats depends on their order, and who answers first must not show in the model.
+        # A sum of floats depends on their order, but must not on who answers first; likewise below.
         accepted.sort(key=lambda result: result[1].parameters.tensors)
         parameters, metrics = super().aggregate_fit(server_round, accepted, [])
         if parameters is not None:
@@ -127,6 +127,7 @@ class CifarStrategy(FedAvg):
     ) -> tuple[float | None, dict[str, Scalar]]:
         """Average loss and accuracy over all clients' test images; keep model and history."""
         accepted = self.accept(results, failures, bad_evaluation)
+        accepted.sort(key=lambda result: (result[1].loss, result[1].num_examples))
         loss, metrics = super().aggregate_evaluate(server_round, accepted, [])
         record = {
             "round": len(self.history) + 1,
@@ -227,8 +228,10 @@ def save(path: Path, model: dict[str, np.ndarray], history: History) -> None:
     """
     state_dict = OrderedDict((name, torch.from_numpy(value)) for name, value in model.items())
     # The model carries its history, where PyTorch keeps a state_dict's version: a server that is
-    # killed between the two files can resume, and a history of another model is found out.
-    state_dict._metadata = {"": {"history": history}}  # type: ignore[attr-defined]
+    # killed between the two files can resume, and a history of another model is found out. But not
+    # the seconds, so that the same run gives the same file.
+    kept = [{**record, "seconds": None} for record in history]
+    state_dict._metadata = {"": {"history": kept}}  # type: ignore[attr-defined]
     content = io.BytesIO()
     torch.save(state_dict, content)
     replace(path, content.getvalue())
@@ -263,10 +266,14 @@ def resume(path: Path) -> tuple[dict[str, torch.Tensor], History]:
     except ValueError as error:
         raise cifar.UserError(f"{history_path} holds no history, or a damaged one.") from error
     kept = getattr(model, "_metadata", {}).get("", {}).get("history")
+    try:
+        known = [{**record, "seconds": None} for record in history]
+    except TypeError:
+        known = None
     # The model is written first, so it may know of one round more.
-    if not isinstance(kept, list) or history not in (kept, kept[:-1]):
+    if not isinstance(kept, list) or known not in (kept, kept[:-1]):
         raise cifar.UserError(f"{history_path} is not the history of {path}.")
-    return model, kept
+    return model, history + kept[len(history) :]
 
 
 def move_aside(path: Path) -> None:
@@ -367,12 +374,9 @@ def plural(clients: int) -> str:
 
 
 def row(record: dict[str, Any]) -> list[str]:
-    """Return a round's figures as text; - where no client gave one."""
-    loss, accuracy = (
-        "-" if record[key] is None else f"{record[key]:.4f}" for key in ("loss", "accuracy")
-    )
-    seconds = f"{record['seconds']:.1f}"
-    return [str(record["round"]), loss, accuracy, str(record["clients"]), seconds]
+    """Return a round's figures as text; - for one that is not known."""
+    formats = {"round": "d", "loss": ".4f", "accuracy": ".4f", "clients": "d", "seconds": ".1f"}
+    return ["-" if record[key] is None else format(record[key], formats[key]) for key in formats]
 
 
 def main() -> None:

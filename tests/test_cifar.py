@@ -242,7 +242,9 @@ def test_numbers_out_of_range_are_refused(text):
         cifar.number(float, 3)(text)
 
 
-@pytest.mark.parametrize("text", ["", "8080", "host", ":80", "h:0", "h:65536", "http://h:80", "h:x"])
+@pytest.mark.parametrize(
+    "text", ["", "8080", "host", ":80", "h:0", "h:65536", "http://h:80", "h:x"]
+)
 def test_what_is_no_address_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="HOST:PORT"):
         cifar.address(text)

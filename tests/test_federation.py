@@ -1,0 +1,394 @@
+"""The three scripts as processes over gRPC, and whatever happens to one of them."""
+
+import json
+import os
+import re
+import signal
+import socket
+import threading
+from pathlib import Path
+
+import flwr
+import grpc
+import numpy as np
+import pytest
+import torch
+from flwr.common import Code, EvaluateRes, FitRes, Parameters, Status
+from flwr.proto.transport_pb2 import ClientMessage
+from flwr.proto.transport_pb2_grpc import FlowerServiceStub
+
+import cifar
+
+LONG = ["--local-epochs", "40"]  # a round on the small CIFAR-10 that takes a second or two
+
+
+@pytest.fixture
+def start_server(start, address):
+    return lambda *arguments: start("server.py", "--server-address", address, *arguments)
+
+
+@pytest.fixture
+def start_client(start, address, small_cifar):
+    """Start a client on the small CIFAR-10."""
+
+    def start_one(*arguments: object, **env: str):
+        server = ["--server-address", address]
+        return start("client.py", *server, *arguments, cifar=small_cifar, **env)
+
+    return start_one
+
+
+@pytest.fixture
+def join(address):
+    """Join as a client within this process, once the server is there."""
+    threads = []
+
+    def join_one(client: flwr.client.Client) -> threading.Thread:
+        thread = threading.Thread(
+            target=flwr.client.start_client,
+            kwargs={"server_address": address, "client": client},
+            daemon=True,
+        )
+        thread.start()
+        threads.append(thread)
+        return thread
+
+    yield join_one
+    for thread in threads:
+        thread.join(30)
+
+
+def history(tmp_path: Path) -> list[dict]:
+    return json.loads((tmp_path / "global_model.json").read_text())
+
+
+def assert_done(server, *clients, codes=0):
+    assert server.end() == 0, server.output
+    for client in clients:
+        assert client.end() == codes, client.output
+    for script in (server, *clients):
+        assert "Traceback" not in script.output
+        assert "DEPRECATED" not in script.output
+
+
+def test_federation_learns(start, start_server, address, tmp_path):
+    """The three scripts, as the README starts them, on images that can be learned."""
+    server = start_server()
+    arguments = ["client.py", "--server-address", address, "--synthetic"]
+    clients = [start(*arguments, "--seed", seed) for seed in (1, 2)]
+    assert_done(server, *clients)
+    records = history(tmp_path)
+    assert [record["round"] for record in records] == [1, 2, 3]
+    assert [record["clients"] for record in records] == [2, 2, 2]
+    accuracies = [record["accuracy"] for record in records]
+    assert accuracies[0] < 0.8 < accuracies[2]
+    assert records[2]["loss"] < records[0]["loss"]
+    for record in records:
+        line = f"Round {record['round']}/3: loss {record['loss']:.4f}, "
+        assert f"{line}accuracy {record['accuracy']:.4f}, 2 clients, " in server.output
+        assert re.search(
+            rf"^ +{record['round']} +{record['loss']:.4f} ", server.output, re.MULTILINE
+        )
+    assert server.output.endswith(f"Model: {tmp_path / 'global_model.pt'}\n")
+    assert "[1,   300] loss: " in clients[0].output
+    evaluation = start("cifar.py", "--synthetic", "--evaluate", "global_model.pt")
+    assert evaluation.end() == 0
+    accuracy = float(evaluation.output.rpartition("Accuracy: ")[2])
+    assert accuracy == pytest.approx(accuracies[2], abs=1e-9)
+
+
+def test_average_of_parts_is_the_accuracy_on_all_test_images(
+    start, start_server, start_client, small_cifar, tmp_path
+):
+    server = start_server("--min-clients", 3, "--rounds", 1, "--lr", 0.05)
+    parts = ["--num-partitions", 3, "--alpha", 0.1]
+    clients = [start_client("--partition-id", part, *parts) for part in range(3)]
+    assert_done(server, *clients)
+    evaluation = start("cifar.py", "--evaluate", "global_model.pt", cifar=small_cifar)
+    assert evaluation.end() == 0
+    (record,) = history(tmp_path)
+    loss, accuracy = map(float, re.findall(r"(?:Loss|Accuracy): +([\d.]+)", evaluation.output))
+    assert record["accuracy"] == pytest.approx(accuracy, abs=1e-9)
+    assert record["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_seeds_make_a_run_repeatable(start_server, start_client, tmp_path):
+    models = []
+    for run, seeds in enumerate([(1, 2), (2, 1), (1, 3)]):
+        server = start_server("--seed", 5, "--model", f"{run}.pt", "--rounds", 2)
+        clients = []
+        for seed in seeds:  # in this order: the second starts when the first has joined
+            clients.append(start_client("--seed", seed))
+            clients[-1].until("Connected to the server")
+        assert_done(server, *clients)
+        models.append((tmp_path / f"{run}.pt").read_bytes())
+    assert models[0] == models[1], "whatever the order in which they join"
+    assert models[0] != models[2]
+
+
+def test_clients_wait_for_the_server(start_server, start_client):
+    clients = [start_client(), start_client()]
+    for client in clients:
+        client.until("Waiting for the server at")
+        assert "Connection refused" in client.output
+    assert_done(start_server(), *clients)
+
+
+def test_client_gives_up_waiting(start_client, address):
+    client = start_client("--wait", 1)
+    assert client.end() == 1
+    last = client.output.splitlines()[-1]
+    assert last.startswith(f"No server at {address} for 1 s: ") and "Connection refused" in last
+    assert "Traceback" not in client.output
+
+
+def test_server_says_for_how_many_it_waits(start_server, start_client):
+    server = start_server("--rounds", 1)
+    server.until("Waiting for 2 clients: 0 connected")
+    first = start_client()
+    server.until("Waiting for 2 clients: 1 connected")
+    first.kill()
+    server.until("Waiting for 2 clients: 0 connected", count=2)
+    assert_done(server, start_client(), start_client())
+
+
+def test_client_dies_in_a_round(start_server, start_client, tmp_path):
+    server = start_server(*LONG)
+    clients = [start_client(), start_client()]
+    clients[0].until("Training 40 epoch(s)")
+    clients[0].kill()
+    server.until("Round 1/3: 1 client dropped out")
+    server.until("Waiting for 2 clients: 1 connected", count=2)
+    newcomer = start_client()
+    assert_done(server, clients[1], newcomer)
+    assert [record["clients"] for record in history(tmp_path)] == [1, 2, 2]
+
+
+def test_server_dies_in_a_round(start_server, start_client, tmp_path):
+    server = start_server(*LONG)
+    clients = [start_client(), start_client()]
+    server.until("Round 2/3: training on 2 clients")
+    server.kill()
+    for client in clients:
+        client.until("Lost the server")
+        client.until("Waiting for the server")
+    before = history(tmp_path)
+    assert [record["round"] for record in before] == [1]
+    server = start_server(*LONG, "--resume")
+    assert_done(server, *clients)
+    assert [record["round"] for record in history(tmp_path)] == [1, 2, 3]
+    assert history(tmp_path)[0] == before[0]
+    assert "Round 2/3" in server.output and "Round 1/3" not in server.output
+
+
+def test_resume_has_nothing_to_do(start_server, start_client, tmp_path):
+    server = start_server("--rounds", 1, "--min-clients", 1)
+    assert_done(server, start_client())
+    model = (tmp_path / "global_model.pt").read_bytes()
+    server = start_server("--rounds", 1, "--resume")
+    assert server.end() == 0
+    assert "Waiting" not in server.output and "    1 " in server.output
+    assert (tmp_path / "global_model.pt").read_bytes() == model
+
+
+def test_client_hangs(start_server, start_client, tmp_path):
+    server = start_server(*LONG, "--round-timeout", 4, "--min-clients", 1, "--rounds", 2)
+    server.until("Waiting for 1 client")
+    hanging = start_client()
+    hanging.until("Training 40 epoch(s)")
+    hanging.process.send_signal(signal.SIGSTOP)
+    other = start_client()
+    assert_done(server, other)
+    assert "Round 1/2: 1 client dropped out" in server.output
+    assert [record["clients"] for record in history(tmp_path)] == [0, 1]
+    hanging.process.send_signal(signal.SIGCONT)
+    hanging.until("Lost the server")  # and it would rejoin
+
+
+# Clients that send what they should not.
+
+
+class Learner(flwr.client.NumPyClient):
+    """Adds one to every weight."""
+
+    def fit(self, parameters, config):
+        return [value + 1 for value in parameters], 1, {"client": type(self).__name__}
+
+    def evaluate(self, parameters, config):
+        return 1.0, 1, {"accuracy": 0.5, "client": type(self).__name__}
+
+
+class SendsNaN(Learner):
+    def fit(self, parameters, config):
+        return [value * np.nan for value in parameters], 1, {"client": "SendsNaN"}
+
+    def evaluate(self, parameters, config):
+        return float("nan"), 1, {"accuracy": 0.5, "client": "SendsNaN"}
+
+
+class SendsOtherShapes(Learner):
+    def fit(self, parameters, config):
+        return [value[:1] for value in parameters], 1, {"client": "SendsOtherShapes"}
+
+
+class SendsJunk(flwr.client.Client):
+    def fit(self, ins):
+        junk = Parameters([b"\x93NUMPY junk", b""], "numpy.ndarray")
+        return FitRes(Status(Code.OK, ""), junk, 1, {"client": "SendsJunk"})
+
+    def evaluate(self, ins):
+        return EvaluateRes(Status(Code.OK, ""), 1.0, 0, {"client": "SendsJunk"})
+
+
+def test_bad_results_are_refused(start_server, join, tmp_path):
+    server = start_server("--min-clients", 4, "--rounds", 2, "--seed", 1)
+    server.until("Waiting for 4 clients: 0")
+    first = torch.load(tmp_path / "global_model.pt")
+    for client in (Learner(), SendsNaN(), SendsOtherShapes()):
+        join(client.to_client())
+    join(SendsJunk())
+    assert_done(server)
+    for refused in (
+        "'SendsNaN' refused: NaN or infinity in conv1.weight",
+        "'SendsNaN' refused: loss nan, accuracy 0.5",
+        "'SendsOtherShapes' refused: conv1.weight is float32(1, 3, 5, 5) instead of",
+        "'SendsJunk' refused: unreadable",
+        "'SendsJunk' refused: tested on 0 examples",
+    ):
+        assert server.output.count(refused) == 2, server.output
+    assert "Learner' refused" not in server.output
+    last = torch.load(tmp_path / "global_model.pt")
+    for name, value in first.items():
+        torch.testing.assert_close(last[name], value + 2)
+    assert [record["clients"] for record in history(tmp_path)] == [1, 1]
+
+
+def test_server_takes_anything_at_its_port(start_server, join, address):
+    """Bytes that are no gRPC, a stream that ends at once, an answer to another question."""
+    server = start_server("--min-clients", 2, "--rounds", 1)
+    server.until("Waiting for 2 clients: 0")
+    host, port = address.split(":")
+    for junk in (b"GET / HTTP/1.1\r\n\r\n", bytes(range(256)) * 40, b""):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(junk)
+    with grpc.insecure_channel(address) as channel:
+        stub = FlowerServiceStub(channel)
+        list_of_none = stub.Join(iter([]))
+        list_of_none.cancel()
+        answers = iter([ClientMessage(evaluate_res=ClientMessage.EvaluateRes(loss=7))])
+        wrong = stub.Join(answers)
+        join(Learner().to_client())
+        assert next(wrong).WhichOneof("msg") == "fit_ins"
+        server.until("refused: trained on 0 examples")
+    assert_done(server)
+
+
+def test_client_fails_in_its_own_training(start, start_server, start_client, address, tmp_path):
+    broken = tmp_path / "broken.py"
+    broken.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(cifar.__file__).parent)!r})\n"
+        "import cifar, client\n"
+        "def train(*args, **kwargs): raise ValueError('no such loss\\nmore')\n"
+        "cifar.train = train\n"
+        "try: client.main()\n"
+        "except cifar.UserError as error: sys.exit(str(error))\n"
+    )
+    server = start_server("--rounds", 1)
+    other = start_client()
+    failing = start(broken, "--synthetic", "--server-address", address)
+    assert failing.end() == 1
+    last = failing.output.splitlines()[-1]
+    assert last.startswith("This client failed with ValueError: no such loss (")
+    assert "Traceback" not in failing.output
+    assert_done(server, other)
+    assert "Round 1/1: 1 client dropped out" in server.output
+
+
+# Signals.
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_server_is_stopped(start_server, start_client, number, tmp_path):
+    server = start_server(*LONG, "--local-epochs", 400)
+    clients = [start_client(), start_client()]
+    clients[1].until("Training 400 epoch(s)")
+    server.process.send_signal(number)
+    assert server.end(timeout=5) == 1
+    assert "Traceback" not in server.output
+    assert "Stopped after 0 of 3 rounds. global_model.pt is kept" in server.output
+    assert history(tmp_path) == []
+    cifar.load_model(tmp_path / "global_model.pt")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_client_is_stopped_and_the_others_go_on(start_server, start_client, number):
+    server = start_server(*LONG, "--rounds", 1)
+    clients = [start_client(), start_client()]
+    clients[0].until("Training 40 epoch(s)")
+    clients[0].process.send_signal(number)
+    assert clients[0].end(timeout=5) == -number
+    assert "Traceback" not in clients[0].output
+    assert_done(server, clients[1])
+
+
+# What is wrong from the start.
+
+
+def test_wrong_starts_are_told_in_one_line(start, address, tmp_path):
+    (tmp_path / "junk").write_text("junk")
+    tls = ["--ssl-certfile", "none", "--ssl-keyfile", "none", "--ssl-ca-certfile"]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        in_use = f"127.0.0.1:{taken.getsockname()[1]}"
+        wrong = {
+            ("server.py", "--server-address", in_use): "Address already in use",
+            ("server.py", "--server-address", "nohost.invalid:80"): "nohost.invalid is not known",
+            ("server.py", "--resume"): "Cannot read the model global_model.pt",
+            ("server.py", "--model", "/"): "/ is a folder",
+            ("server.py", "--model", "no/where.pt"): "Cannot write the model to no/where.pt",
+            ("server.py", *tls, "none"): "No TLS with none",
+            ("server.py", *tls, "junk"): "No TLS with junk",
+            ("client.py", "--server-address", "nohost.invalid:80"): "nohost.invalid is not known",
+            ("client.py", "--root-certificates", "none"): "No TLS with none: ",
+            ("client.py", "--root-certificates", "junk"): "No TLS with junk: ",
+        }
+        scripts = {(*command,): start(*command) for command in wrong}
+        for command, script in scripts.items():
+            assert script.end() == 1, command
+            assert wrong[command] in script.output, command
+            assert len(script.output.splitlines()) == 1, script.output
+    assert sorted(os.listdir(tmp_path)) == ["junk"]
+
+
+def test_wrong_flags_are_argparses_errors(start):
+    wrong = {
+        ("server.py", "--server-address", "8080"): "argument --server-address: '8080' is not HOST",
+        ("server.py", "--rounds", "0"): "argument --rounds: 0 is not between",
+        ("server.py", "--round-timeout", "-1"): "argument --round-timeout: -1 is not between",
+        ("server.py", "--ssl-keyfile", "key"): "--ssl-ca-certfile go together",
+        ("client.py", "--server-address", "x:y"): "argument --server-address: 'x:y' is not HOST",
+        (
+            "client.py",
+            "--partition-id",
+            "2",
+            "--num-partitions",
+            "2",
+        ): "--partition-id must be below",
+        ("client.py", "--alpha", "0"): "argument --alpha: 0 is not between",
+        ("client.py", "--lr", "1"): "unrecognized arguments: --lr 1",
+    }
+    scripts = {command: start(*command) for command in wrong}
+    for command, script in scripts.items():
+        assert script.end() == 2, command
+        assert wrong[command] in script.output, command
+        assert "Traceback" not in script.output
+
+
+def test_old_model_is_kept(start_server, start_client, tmp_path):
+    for _ in range(2):
+        server = start_server("--rounds", 1, "--min-clients", 1)
+        assert_done(server, start_client())
+    assert "global_model.pt of an earlier run is kept as global_model-1.pt" in server.output
+    assert server.output.index("global_model-1.pt") < server.output.index("Waiting")
+    assert len(list(tmp_path.glob("*.pt"))) == 2
