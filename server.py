@@ -49,14 +49,13 @@ from flwr.server import Server, ServerApp, ServerAppComponents, ServerConfig, Si
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.criterion import Criterion
-from flwr.server.strategy import FedAvg
 
 import cifar
 
 History = list[dict[str, Any]]  # one dict a round: round, loss, accuracy, clients, seconds
 
 
-class CifarStrategy(FedAvg):
+class CifarStrategy(fl.server.strategy.FedAvg):
     """FedAvg that says what happens, refuses bad results, and keeps the model after every round.
 
     `model` is the state_dict to start from, `history` the rounds behind it, `path` where both are
@@ -111,7 +110,10 @@ class CifarStrategy(FedAvg):
         accepted.sort(key=lambda result: result[1].parameters.tensors)
         parameters, metrics = super().aggregate_fit(server_round, accepted, [])
         if parameters is not None:
-            self.model = dict(zip(self.model, parameters_to_ndarrays(parameters)))
+            averages = parameters_to_ndarrays(parameters)
+            for (name, old), new in zip(self.model.items(), averages):
+                self.model[name] = new.astype(old.dtype)  # FedAdam and its like give float64
+            parameters = ndarrays_to_parameters(list(self.model.values()))
         self.clients = len(accepted)
         return parameters, metrics
 
@@ -328,15 +330,19 @@ def make_server(
 
 def server_fn(context: Context) -> ServerAppComponents:
     """Build the same server for Flower's deployment engine, from the run config."""
-    config = context.run_config
+    run = context.run_config
     server, rounds = make_server(
-        path=Path(str(config.get("model", "global_model.pt"))),
-        rounds=int(config.get("rounds", 3)),
-        min_clients=int(config.get("min-clients", 2)),
-        local_epochs=int(config.get("local-epochs", 1)),
-        lr=float(config.get("lr", 0.001)),
+        path=Path(str(run.get("model", "global_model.pt"))),
+        resumed=bool(run.get("resume", False)),
+        rounds=int(run.get("rounds", 3)),
+        min_clients=int(run.get("min-clients", 2)),
+        local_epochs=int(run.get("local-epochs", 1)),
+        lr=float(run.get("lr", 0.001)),
+        seed=int(run["seed"]) if "seed" in run else None,
     )
-    return ServerAppComponents(server=server, config=ServerConfig(num_rounds=rounds))
+    timeout = float(run["round-timeout"]) if "round-timeout" in run else None
+    config = ServerConfig(num_rounds=rounds, round_timeout=timeout)
+    return ServerAppComponents(server=server, config=config)
 
 
 app = ServerApp(server_fn=server_fn)

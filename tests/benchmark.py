@@ -1,0 +1,516 @@
+"""Measure this project against the plain pipeline: how fast, how large, how many clients.
+
+    python3 tests/benchmark.py                     # everything, about 20 minutes
+    python3 tests/benchmark.py batch train test    # only these rows
+
+The plain pipeline decodes and normalizes one image at a time, as torchvision's own examples do,
+and leaves the number of threads to PyTorch. What is compared takes turns; figures are medians.
+Uses CIFAR-10 where it is there, else generated images of the same number and size.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms  # type: ignore[import-untyped]
+
+import cifar
+
+DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+Times = dict[str, list[float]]
+
+
+# The two pipelines.
+
+
+class PlainImages(Dataset):
+    """Images that are decoded and normalized one by one."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
+        self.images, self.labels = images, labels
+        normalize = transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        self.transform = transforms.Compose([transforms.ToTensor(), normalize])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
+
+
+def there() -> bool:
+    """Tell whether the real images are on this machine."""
+    folder = Path(cifar.DATA_ROOT).expanduser() / "cifar-10-batches-py"
+    return (folder / "test_batch").exists()
+
+
+def our_loaders() -> tuple[DataLoader, DataLoader]:
+    """Return this project's loaders of training and test images."""
+    if there():
+        return cifar.load_data()[:2]
+    trainset, testset = (
+        cifar.select([cifar.synthesize(count, seed)], np.arange(count))
+        for count, seed in ((50_000, 1), (10_000, 2))
+    )
+    trainloader = DataLoader(trainset, batch_size=32, shuffle=True, collate_fn=tuple)
+    return trainloader, DataLoader(testset, batch_size=250, collate_fn=tuple)
+
+
+def plain_loaders() -> tuple[DataLoader, DataLoader]:
+    """Return the plain pipeline's loaders."""
+    trainset: Dataset
+    testset: Dataset
+    if there():
+        from torchvision.datasets import CIFAR10  # type: ignore[import-untyped]
+
+        normalize = transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        transform = transforms.Compose([transforms.ToTensor(), normalize])
+        root = Path(cifar.DATA_ROOT).expanduser()
+        trainset, testset = (
+            CIFAR10(root, train=train, download=True, transform=transform)
+            for train in (True, False)
+        )
+    else:
+        trainset, testset = (
+            PlainImages(images.transpose(0, 2, 3, 1).copy(), labels)
+            for images, labels in (cifar.synthesize(50_000, 1), cifar.synthesize(10_000, 2))
+        )
+    return DataLoader(trainset, 32, shuffle=True), DataLoader(testset, 32)
+
+
+def plain_train(net: nn.Module, trainloader: DataLoader, batches: int | None = None) -> None:
+    """Run one epoch, or the first batches of it, of plain optimizer steps."""
+    print(f"Training 1 epoch(s) w/ {len(trainloader)} batches each", flush=True)
+    criterion = nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.001, momentum=0.9)
+    running_loss = 0.0
+    for i, data in enumerate(trainloader):
+        if i == batches:
+            break
+        images, labels = data[0].to(DEVICE), data[1].to(DEVICE)
+        optimizer.zero_grad()
+        loss = criterion(net(images), labels)
+        loss.backward()
+        optimizer.step()
+        running_loss += loss.item()
+    assert np.isfinite(running_loss)
+
+
+# What runs in a process of its own: python3 tests/benchmark.py NAME ARGUMENTS.
+
+
+def plain_server(address: str, rounds: str) -> None:
+    """Serve a federation with everything left as it is."""
+    import flwr
+
+    config = flwr.server.ServerConfig(num_rounds=int(rounds))
+    flwr.server.start_server(server_address=address, config=config)
+
+
+def plain_client(address: str) -> None:
+    """Take part with the plain pipeline; without an address, only report its memory."""
+    import flwr
+
+    net = cifar.Net().to(DEVICE)
+    trainloader, testloader = plain_loaders()
+
+    class PlainClient(flwr.client.NumPyClient):
+        def get_parameters(self, config):
+            return [value.cpu().numpy() for value in net.state_dict().values()]
+
+        def set_parameters(self, parameters):
+            tensors = map(torch.tensor, parameters)
+            net.load_state_dict(dict(zip(net.state_dict(), tensors)))
+
+        def fit(self, parameters, config):
+            self.set_parameters(parameters)
+            plain_train(net, trainloader)
+            return self.get_parameters({}), len(trainloader.dataset), {}
+
+        def evaluate(self, parameters, config):
+            self.set_parameters(parameters)
+            criterion, loss, correct = nn.CrossEntropyLoss(), 0.0, 0
+            with torch.no_grad():
+                for images, labels in testloader:
+                    outputs = net(images.to(DEVICE))
+                    loss += criterion(outputs, labels.to(DEVICE)).item()
+                    correct += (outputs.argmax(1).cpu() == labels).sum().item()
+            return loss, len(testloader.dataset), {"accuracy": correct / len(testloader.dataset)}
+
+    if address:
+        flwr.client.start_client(server_address=address, client=PlainClient().to_client())
+    else:
+        plain_train(net, trainloader, batches=100)
+        print(f"memory {peak_memory():.0f}")
+
+
+def our_client(address: str) -> None:
+    """Take part as client.py does, and print when each phase begins and ends."""
+    import client
+
+    torch.set_num_threads(1)
+    trainloader, testloader = our_loaders()
+    num_examples = {"trainset": len(trainloader.dataset), "testset": len(testloader.dataset)}
+
+    class TimedClient(client.CifarClient):
+        def fit(self, parameters, config):
+            print(f"phase {time.time()}", flush=True)
+            result = super().fit(parameters, config)
+            print(f"end {time.time()}", flush=True)
+            return result
+
+        def evaluate(self, parameters, config):
+            print(f"phase {time.time()}", flush=True)
+            result = super().evaluate(parameters, config)
+            print(f"end {time.time()}", flush=True)
+            return result
+
+    timed = TimedClient(cifar.Net().to(DEVICE), trainloader, testloader, num_examples)
+    if address:
+        client.run(timed, address, 60, None)
+    else:
+        batches = list(zip(range(100), trainloader))
+        cifar.train(timed.model, [batch for _, batch in batches], 1, DEVICE)  # type: ignore[arg-type]
+        print(f"memory {peak_memory():.0f}")
+
+
+def light_clients(address: str, count: str) -> None:
+    """Take part as many clients, each with a connection of its own, that learn nothing."""
+    import flwr
+
+    import client
+
+    class LightClient(flwr.client.NumPyClient):
+        def fit(self, parameters, config):
+            return parameters, 1, {}
+
+        def evaluate(self, parameters, config):
+            return 1.0, 1, {"accuracy": 0.5}
+
+    client.wait_for_server(address, 60, None)
+    threads = [
+        threading.Thread(
+            target=flwr.client.start_client,
+            kwargs={"server_address": address, "client": LightClient().to_client()},
+        )
+        for _ in range(int(count))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def peak_memory(process: int | str = "self") -> float:
+    """Return the largest memory a process has had so far, in MiB (Linux only).
+
+    Not getrusage(), which starts a process off with the memory of the one that started it.
+    """
+    with contextlib.suppress(OSError):
+        status = Path(f"/proc/{process}/status").read_text()
+        if found := re.search(r"VmHWM:\s+(\d+) kB", status):
+            return int(found[1]) / 1024
+    return 0
+
+
+# Starting and timing.
+
+
+class Process:
+    """A process whose lines are kept with the time at which they came."""
+
+    def __init__(self, *command: object, **env: str) -> None:
+        self.lines: list[tuple[float, str]] = []
+        settings = {**os.environ, "FLWR_TELEMETRY_ENABLED": "0", "FLWR_LOG_LEVEL": "ERROR", **env}
+        self.process = subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=settings,
+        )
+        self.ended, self.memory = 0.0, 0.0
+        self.thread = threading.Thread(target=self._follow)
+        self.thread.start()
+
+    def _follow(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.lines.append((time.time(), line))
+            self.memory = max(self.memory, peak_memory(self.process.pid))
+        self.process.wait()
+        self.ended = time.time()
+
+    def wait(self) -> str:
+        """Wait for its end; return what it printed."""
+        self.thread.join()
+        output = "".join(line for _, line in self.lines)
+        if self.process.returncode:
+            sys.exit(f"{self.process.args} ended with {self.process.returncode}:\n{output}")
+        return output
+
+    def when(self, text: str) -> float:
+        """Return when it first printed a line with `text`."""
+        return next(moment for moment, line in self.lines if text in line)
+
+
+def own(name: str, *arguments: object, **env: str) -> Process:
+    """Start one of the functions above in a process of its own."""
+    return Process(__file__, name, *arguments, **env)
+
+
+@contextlib.contextmanager
+def timed(times: Times, name: str) -> Iterator[None]:
+    """Add the seconds that something takes to the times of that name."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    yield
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    times.setdefault(name, []).append(time.perf_counter() - start)
+
+
+def show(
+    what: str, times: Times, ours: str, theirs: str, unit: str = "s", scale: float = 1
+) -> None:
+    """Print a row: the medians of both, and the median of their ratios."""
+    mine, other = (statistics.median(times[name]) * scale for name in (ours, theirs))
+    ratio = statistics.median(b / a for a, b in zip(times[ours], times[theirs]))
+    digits = ".3f" if mine < 10 else ".1f" if mine < 100 else ".0f"
+    line = f"{mine:{digits}} {unit} against {other:{digits}} {unit} of {theirs}"
+    print(f"{what:<36} {line:<62} {ratio:6.2f} times", flush=True)
+
+
+def free_address() -> str:
+    """Return HOST:PORT with a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+# The rows.
+
+
+def bench_batch(repetitions: int) -> None:
+    """Time the delivery of batches."""
+    loaders = {"ours": our_loaders()[0], "the plain pipeline": plain_loaders()[0]}
+    times: Times = {}
+    for _ in range(repetitions):
+        for name, loader in loaders.items():
+            batches = iter(loader)
+            for _ in range(10):
+                next(batches)
+            with timed(times, name):
+                for _ in range(300):
+                    next(batches)
+    show("delivering a batch of 32", times, "ours", "the plain pipeline", "ms", 1000 / 300)
+
+
+def bench_train(repetitions: int) -> None:
+    """Time an epoch of train(): against a bare loop over floats in memory, and plain."""
+    trainloader, plainloader = our_loaders()[0], plain_loaders()[0]
+    floats = [(images.contiguous().to(DEVICE), y.to(DEVICE)) for images, y in trainloader]
+    times: Times = {}
+    for repetition in range(repetitions + 1):
+        net = cifar.Net().to(DEVICE)
+        state = {name: value.clone() for name, value in net.state_dict().items()}
+        record: Times = times if repetition else {}  # the first is to warm up
+        with contextlib.redirect_stdout(None):
+            with timed(record, "ours"):
+                cifar.train(net, trainloader, 1, DEVICE)
+            net.load_state_dict(state)
+            with timed(record, "a bare loop over floats"):
+                plain_train(net, floats)  # type: ignore[arg-type]
+            net.load_state_dict(state)
+            with timed(record, "the plain pipeline"):
+                plain_train(net, plainloader)
+    where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "1 thread"
+    show(f"an epoch of train(), {where}", times, "ours", "a bare loop over floats")
+    show("", times, "ours", "the plain pipeline")
+
+
+def bench_test(repetitions: int) -> None:
+    """Time test() against bare forward passes in large batches."""
+    testloader = our_loaders()[1]
+    floats = torch.cat([images for images, _ in testloader]).contiguous().to(DEVICE)
+    net, times = cifar.Net().to(DEVICE), Times()
+    for _ in range(3 * repetitions):
+        with timed(times, "ours"):
+            cifar.test(net, testloader, DEVICE)
+        for size in (500, 1000, 10_000):
+            with timed(times, f"a forward pass by {size}"), torch.no_grad():
+                for batch in floats.split(size):
+                    net(batch)
+    others = [name for name in times if name != "ours"]
+    fastest = min(others, key=lambda name: statistics.median(times[name]))
+    show("testing 10,000 images, 1 thread", times, "ours", fastest)
+
+
+def bench_memory(repetitions: int) -> None:
+    """Compare what a client's process needs at most."""
+    sizes: Times = {}
+    for _ in range(repetitions):
+        for name, function in (("ours", "our_client"), ("the plain client", "plain_client")):
+            output = own(function, "").wait()
+            sizes.setdefault(name, []).append(float(output.rpartition("memory ")[2]))
+    show("peak memory of a client", sizes, "ours", "the plain client", "MiB")
+
+
+def bench_alone(repetitions: int) -> None:
+    """Time cifar.py as a whole, with one thread and with as many as it takes by itself."""
+    if not there():
+        return
+    times: Times = {}
+    for _ in range(repetitions):
+        for name, arguments in (("ours", []), ("ours with one thread", ["--threads", "1"])):
+            with timed(times, name):
+                Process(ROOT / "cifar.py", *arguments).wait()
+        with timed(times, "plain"):
+            own("plain_alone").wait()
+    show("python3 cifar.py, 2 epochs", times, "ours", "plain")
+    show("", times, "ours", "ours with one thread")
+
+
+def plain_alone() -> None:
+    """Train and test alone, as the plain pipeline does."""
+    net = cifar.Net().to(DEVICE)
+    trainloader, testloader = plain_loaders()
+    plain_train(net, trainloader)
+    plain_train(net, trainloader)
+    with torch.no_grad():
+        for images, _ in testloader:
+            net(images.to(DEVICE))
+
+
+def bench_federation(repetitions: int) -> None:
+    """Time a federation of two clients, 3 rounds, from the first batch to the server's end."""
+
+    def federate(server: Callable[[str], Process], function: str, **env: str) -> list[Process]:
+        address = free_address()
+        processes = [server(address)]
+        if function == "plain_client":  # which does not wait for the server
+            import client
+
+            client.wait_for_server(address, 60, None)
+        processes += [own(function, address, **env) for _ in range(2)]
+        for process in processes:
+            process.wait()
+        start = min(client.when("Training 1 epoch") for client in processes[1:])
+        times.setdefault(name, []).append(processes[0].ended - start)
+        return processes
+
+    times: Times = {}
+    gaps: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for repetition in range(repetitions):
+            name = "ours"
+            _, *clients = federate(
+                lambda address: Process(
+                    *(ROOT / "server.py", "--server-address", address),
+                    *("--model", Path(folder) / "model.pt"),
+                ),
+                "our_client",
+            )
+            gaps += idle(clients)
+            name = "plain, OMP_NUM_THREADS=1"
+            federate(
+                lambda address: own("plain_server", address, 3), "plain_client", OMP_NUM_THREADS="1"
+            )
+            if repetition == 0:  # it takes minutes
+                name = "plain"
+                federate(lambda address: own("plain_server", address, 3), "plain_client")
+    show("2 clients, 3 rounds", times, "ours", "plain, OMP_NUM_THREADS=1")
+    show("", times, "ours", "plain")
+    gap = statistics.median(gaps)
+    print(f"{'neither training nor testing':<36} {gap:.3f} s a round (longest {max(gaps):.3f} s)")
+
+
+def idle(clients: list[Process]) -> list[float]:
+    """Return, for each round, the seconds in which no client trains or tests, though it could."""
+    phases, ends = (
+        [
+            [float(text) for _, line in client.lines for text in re.findall(f"^{word} (.+)", line)]
+            for client in clients
+        ]
+        for word in ("phase", "end")
+    )
+    last_ends, first_starts = map(max, zip(*ends)), map(min, zip(*phases))
+    next(first_starts)
+    between = [start - end for end, start in zip(last_ends, first_starts)]
+    return [sum(between[i : i + 2]) for i in range(0, len(between), 2)]
+
+
+def bench_clients(repetitions: int) -> None:
+    """Time rounds with many clients that learn nothing, on one server."""
+    for count in (10, 50, 100):
+        with tempfile.TemporaryDirectory() as folder:
+            address = free_address()
+            server = Process(
+                *(ROOT / "server.py", "--server-address", address, "--min-clients", count),
+                *("--rounds", 5, "--model", Path(folder) / "model.pt"),
+            )
+            own("light_clients", address, count).wait()
+            output = server.wait()
+        seconds = [float(text) for text in re.findall(r"clients, ([\d.]+) s", output)]
+        failures = sum(int(text) for text in re.findall(r"(\d+) clients? dropped out", output))
+        answered = output.count(f", {count} clients, ")
+        print(
+            f"{f'{count} clients that learn nothing':<36} {statistics.median(seconds):.3f} s a "
+            f"round, server's peak memory {server.memory:.0f} MiB, {failures} failures, "
+            f"{answered} of 5 rounds with all",
+            flush=True,
+        )
+
+
+ROWS = {
+    "batch": bench_batch,
+    "train": bench_train,
+    "test": bench_test,
+    "memory": bench_memory,
+    "alone": bench_alone,
+    "federation": bench_federation,
+    "clients": bench_clients,
+}
+
+
+def main() -> None:
+    """Print the rows asked for."""
+    parser = argparse.ArgumentParser(description="Measure this project against the plain pipeline.")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; default all")
+    parser.add_argument("--repetitions", type=cifar.number(int, 1), default=3, help="default: 3")
+    args = parser.parse_args()
+    if unknown := set(args.rows) - set(ROWS):
+        parser.error(f"no such row: {', '.join(unknown)}")
+    images = "CIFAR-10" if there() else "generated images of CIFAR-10's size"
+    print(f"{os.cpu_count()} cores, {images}, PyTorch {torch.__version__}, {DEVICE.type}")
+    torch.set_num_threads(1)
+    for row in args.rows or ROWS:
+        ROWS[row](args.repetitions)
+
+
+if __name__ == "__main__":
+    functions = [plain_server, plain_client, our_client, light_clients, plain_alone]
+    chosen = {function.__name__: function for function in functions}
+    if sys.argv[1:] and sys.argv[1] in chosen:
+        chosen[sys.argv[1]](*sys.argv[2:])
+    else:
+        main()
