@@ -33,6 +33,7 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = os.environ.get("FLWR_TELEMETRY_ENABLED", 
 os.environ["FLWR_LOG_LEVEL"] = os.environ.get("FLWR_LOG_LEVEL", "WARNING")
 
 import flwr as fl
+import grpc  # type: ignore[import-untyped]
 import numpy as np
 import torch
 from flwr.common import (
@@ -374,6 +375,17 @@ def read_certificates(ca: Path, certificate: Path, key: Path) -> tuple[bytes, by
         raise cifar.UserError(f"No TLS with {files}: {error}.") from error
 
 
+def allow_keep_alive() -> None:
+    """Let clients ask for a sign of life as often as client.py does; gRPC would turn them away."""
+    create = grpc.server
+
+    def server(*args: Any, options: list[tuple[str, int]], **kwargs: Any) -> grpc.Server:
+        option = ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000)
+        return create(*args, options=[*options, option], **kwargs)
+
+    grpc.server = server
+
+
 def plural(clients: int) -> str:
     """Return the number with its noun."""
     return f"{clients} client" if clients == 1 else f"{clients} clients"
@@ -441,6 +453,7 @@ def main() -> None:
         logging.getLogger("flwr").addFilter(
             lambda record: "start_server() is deprecated" not in record.getMessage()
         )
+        allow_keep_alive()
         try:
             fl.server.start_server(
                 server_address=args.server_address,

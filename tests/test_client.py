@@ -2,6 +2,7 @@
 
 import inspect
 
+import grpc
 import numpy as np
 import pytest
 import torch
@@ -109,3 +110,17 @@ def test_client_says_what_it_holds(capsys, small_cifar, monkeypatch):
 def two_classes():
     images, labels = np.zeros((10, 3, 32, 32), np.uint8), np.arange(10) % 2
     return [(images, labels)], [(images, labels)]
+
+
+def test_channels_ask_for_signs_of_life(monkeypatch):
+    """What Flower opens keeps its own options, and gets the keepalive's."""
+    for name in ("insecure_channel", "secure_channel"):
+        monkeypatch.setattr(grpc, name, lambda *args, **kwargs: (args, kwargs))
+    client.keep_alive()
+    for args in (("host:1",), ("host:1", "credentials")):
+        opened = grpc.secure_channel if args[1:] else grpc.insecure_channel
+        given, kwargs = opened(*args, options=[("grpc.max_send_message_length", 7)])
+        options = dict(kwargs["options"])
+        assert given == args and options["grpc.max_send_message_length"] == 7
+        # Flower's server, as server.py starts it, takes a ping every 10 s and no more.
+        assert 10_000 < options["grpc.keepalive_time_ms"] <= 30_000

@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text()
 
 def block(language: str, text: str) -> str:
     """Return the README's code block in that language that holds the text."""
-    blocks = re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     (found,) = [content for content in blocks if text in content]
     return found
 
@@ -143,7 +143,9 @@ def test_flowers_engine_runs_the_same_server_and_clients(tmp_path):
         assert text in seen, seen
         threading.Thread(target=process.stdout.read, daemon=True).start()
 
-    watchdog = threading.Timer(240, lambda: [os.killpg(each.pid, signal.SIGKILL) for each in started])
+    watchdog = threading.Timer(
+        240, lambda: [os.killpg(each.pid, signal.SIGKILL) for each in started]
+    )
     watchdog.start()
     try:
         start_until(superlink, "running on http")
