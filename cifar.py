@@ -182,20 +182,19 @@ def main() -> None:
         description="Centralized PyTorch training on CIFAR-10.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--epochs", type=number(int, 1), default=2, help="passes over the images")
-    parser.add_argument("--batch-size", type=number(int, 1), default=32, help="images a step")
-    parser.add_argument("--lr", type=number(float, 0), default=0.001, help="learning rate")
+    add = parser.add_argument
+    add("--epochs", type=number(int, 1), default=2, help="passes over the images")
+    add("--batch-size", type=number(int, 1), default=32, help="images a step")
+    add("--lr", type=number(float, 0), default=0.001, help="learning rate")
     add_data_arguments(parser)
-    parser.add_argument(
+    add(
         "--threads",
         type=number(int, 1, 1024),
         default=torch.get_num_threads(),
-        help="CPU threads; by default one a core, which is the fastest where nothing else runs "
-        "(measured on 2 cores: 1.3 times as fast as 1 thread)",
+        help="CPU threads; one a core is the fastest where nothing else runs (on 2 cores, 2 "
+        "threads were 1.3 times as fast as 1)",
     )
-    parser.add_argument(
-        "--evaluate", metavar="MODEL", type=Path, help="only test this model, train nothing"
-    )
+    add("--evaluate", metavar="MODEL", type=Path, help="only test this model, train nothing")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.seed is not None:
@@ -370,18 +369,10 @@ def load_model(path: Path) -> dict[str, Tensor]:
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that cifar.py and client.py have in common."""
-    parser.add_argument("--data-root", default=DATA_ROOT, help="where CIFAR-10 is, or is put")
-    parser.add_argument(
-        "--synthetic", action="store_true", help="train on generated images, without a download"
-    )
-    add_seed_argument(parser)
-
-
-def add_seed_argument(parser: argparse.ArgumentParser) -> None:
-    """Add --seed."""
-    parser.add_argument(
-        "--seed", type=number(int, 0), help="make the run repeatable; without it, each differs"
-    )
+    add = parser.add_argument
+    add("--data-root", default=DATA_ROOT, help="where CIFAR-10 is, or is put")
+    add("--synthetic", action="store_true", help="train on generated images, without a download")
+    add("--seed", type=number(int, 0), help="the order of the images; without it, each run differs")
 
 
 def number(kind: type, low: float, high: float = 2**31 - 1) -> Callable[[str], Any]:

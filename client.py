@@ -21,7 +21,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 # Flower reads these as it is imported: it reports nothing to its maker, and leaves the talking to
 # the lines printed here. A setting of the user's own wins.
@@ -116,122 +115,6 @@ def make_client(
     return CifarClient(model, trainloader, testloader, num_examples)
 
 
-def client_fn(context: Context) -> Client:
-    """Build the same client for Flower's deployment engine, from the run and the node config."""
-    run, node = context.run_config, context.node_config
-    torch.set_num_threads(int(node.get("threads", 1)))
-    return make_client(
-        batch_size=int(run.get("batch-size", 32)),
-        data_root=str(node.get("data-root", cifar.DATA_ROOT)),
-        synthetic=bool(run.get("synthetic", False)),
-        partition_id=int(node.get("partition-id", 0)),
-        num_partitions=int(node.get("num-partitions", 1)),
-        alpha=float(run["alpha"]) if "alpha" in run else None,
-    ).to_client()
-
-
-app = ClientApp(client_fn=client_fn)
-
-
-HINTS = {  # what gRPC says when two sides do not agree on TLS, and what it means
-    "Socket closed": "it closed the connection; if it uses TLS, add --root-certificates",
-    "WRONG_VERSION_NUMBER": "it does not use TLS, leave --root-certificates out",
-    "CERTIFICATE_VERIFY_FAILED": "its certificate is not from the authority in --root-certificates",
-    "Deadline Exceeded": "no answer",
-}
-
-
-def wait_for_server(address: str, seconds: float, root_certificates: bytes | None) -> None:
-    """Return as soon as a server answers; raises UserError, with the reason, where none does."""
-    options = [("grpc.initial_reconnect_backoff_ms", 500), ("grpc.max_reconnect_backoff_ms", 1000)]
-    if root_certificates is None:
-        channel = grpc.insecure_channel(address, options=options)
-    else:
-        credentials = grpc.ssl_channel_credentials(root_certificates)
-        channel = grpc.secure_channel(address, credentials, options=options)
-    deadline = time.monotonic() + seconds
-    said = ""
-    with channel:
-        # No server has this method, so that one is there as soon as it says so.
-        probe = channel.unary_unary("/flwr.proto.FlowerService/Probe")
-        while True:
-            try:
-                probe(b"", timeout=min(5, max(0.1, deadline - time.monotonic())))
-            except grpc.RpcError as error:
-                if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                    return
-                details = error.details().rpartition("last error: ")[2]
-                reason = next((HINTS[key] for key in HINTS if key in details), details)
-            if time.monotonic() > deadline:
-                raise cifar.UserError(f"No server at {address} for {seconds:g} s: {reason}.")
-            if reason != said:
-                print(f"Waiting for the server at {address}: {reason}", flush=True)
-                said = reason
-            time.sleep(0.5)
-
-
-def keep_alive() -> None:
-    """Let every channel ask its server for a sign of life while it waits.
-
-    Flower's does not: a client whose connection ended on the way, without a word to it, as it may
-    behind a link that fails for half a minute, would wait for ever.
-    """
-    options = [
-        ("grpc.keepalive_time_ms", 20_000),
-        ("grpc.keepalive_timeout_ms", 60_000),
-        ("grpc.http2.max_pings_without_data", 0),
-    ]
-    for name in ("insecure_channel", "secure_channel"):
-        open_channel = functools.partial(with_options, getattr(grpc, name), options)
-        setattr(grpc, name, open_channel)
-
-
-def with_options(
-    function: Callable[..., Any], more: list[tuple[str, int]], *args: Any, **kwargs: Any
-) -> Any:
-    """Call a function of grpc with more options than its caller gives."""
-    return function(*args, **{**kwargs, "options": [*kwargs.get("options", ()), *more]})
-
-
-def run(client: CifarClient, address: str, wait: float, root_certificates: bytes | None) -> None:
-    """Take part until the server has run all its rounds, rejoining if it goes and comes back.
-
-    Raises UserError where it stays away for `wait` seconds, or where training fails.
-    """
-    # start_client() is what this shape of federation needs; that it is deprecated is for us to
-    # know (see README.md). And an exception of the client's own is told below, in one line.
-    logger = logging.getLogger("flwr")
-    if os.environ["FLWR_LOG_LEVEL"] != "DEBUG":
-        logger.addFilter(
-            lambda record: (
-                record.exc_info is None
-                and "start_client() is deprecated" not in record.getMessage()
-            )
-        )
-    while True:
-        wait_for_server(address, wait, root_certificates)
-        print(f"Connected to the server at {address}", flush=True)
-        try:
-            fl.client.start_client(
-                server_address=address,
-                client=client.to_client(),
-                root_certificates=root_certificates,
-            )
-            print("The server has ended the run")
-            return
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                raise cifar.UserError(f"What answers at {address} is not server.py.") from error
-            print(f"Lost the server: {error.details()}", flush=True)
-            time.sleep(1)  # one that turns everybody away is not to be asked without a pause
-        except Exception as error:
-            reason = str(error).partition("\n")[0]
-            raise cifar.UserError(
-                f"This client failed with {type(error).__name__}: {reason} "
-                "(FLWR_LOG_LEVEL=DEBUG shows where)"
-            ) from error
-
-
 def main() -> None:
     """Load data, start CifarClient."""
     parser = argparse.ArgumentParser(
@@ -294,6 +177,125 @@ def main() -> None:
     # Start client
     keep_alive()
     run(client, args.server_address, args.wait, root_certificates)
+
+
+# Finding the server, and staying with it.
+
+
+def run(client: CifarClient, address: str, wait: float, root_certificates: bytes | None) -> None:
+    """Take part until the server has run all its rounds, rejoining if it goes and comes back.
+
+    Raises UserError where it stays away for `wait` seconds, or where training fails.
+    """
+    # start_client() is what this shape of federation needs; that it is deprecated is for us to
+    # know (see README.md). And an exception of the client's own is told below, in one line.
+    logger = logging.getLogger("flwr")
+    if os.environ["FLWR_LOG_LEVEL"] != "DEBUG":
+        logger.addFilter(
+            lambda record: (
+                record.exc_info is None
+                and "start_client() is deprecated" not in record.getMessage()
+            )
+        )
+    while True:
+        wait_for_server(address, wait, root_certificates)
+        print(f"Connected to the server at {address}", flush=True)
+        try:
+            fl.client.start_client(
+                server_address=address,
+                client=client.to_client(),
+                root_certificates=root_certificates,
+            )
+            print("The server has ended the run")
+            return
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                raise cifar.UserError(f"What answers at {address} is not server.py.") from error
+            print(f"Lost the server: {error.details()}", flush=True)
+            time.sleep(1)  # one that turns everybody away is not to be asked without a pause
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            raise cifar.UserError(
+                f"This client failed with {type(error).__name__}: {reason} "
+                "(FLWR_LOG_LEVEL=DEBUG shows where)"
+            ) from error
+
+
+HINTS = {  # what gRPC says, in many words, and what it means
+    "Connection refused": "Connection refused; is it running?",
+    "Socket closed": "it closed the connection; if it uses TLS, add --root-certificates",
+    "WRONG_VERSION_NUMBER": "it does not use TLS, leave --root-certificates out",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not from the authority in --root-certificates",
+    "Deadline Exceeded": "no answer",
+}
+
+
+def wait_for_server(address: str, seconds: float, root_certificates: bytes | None) -> None:
+    """Return as soon as a server answers; raises UserError, with the reason, where none does."""
+    options = [("grpc.initial_reconnect_backoff_ms", 500), ("grpc.max_reconnect_backoff_ms", 1000)]
+    if root_certificates is None:
+        channel = grpc.insecure_channel(address, options=options)
+    else:
+        credentials = grpc.ssl_channel_credentials(root_certificates)
+        channel = grpc.secure_channel(address, credentials, options=options)
+    deadline = time.monotonic() + seconds
+    said = ""
+    with channel:
+        # No server has this method, so that one is there as soon as it says so.
+        probe = channel.unary_unary("/flwr.proto.FlowerService/Probe")
+        while True:
+            try:
+                probe(b"", timeout=min(5, max(0.1, deadline - time.monotonic())))
+            except grpc.RpcError as error:
+                if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    return
+                details = error.details().rpartition("last error: ")[2]
+                reason = next((HINTS[key] for key in HINTS if key in details), details)
+            if time.monotonic() > deadline:
+                raise cifar.UserError(f"No server at {address} for {seconds:g} s: {reason}.")
+            if reason != said:
+                print(f"Waiting for the server at {address}: {reason}", flush=True)
+                said = reason
+            time.sleep(0.5)
+
+
+def keep_alive() -> None:
+    """Let the channels that Flower opens ask the server for a sign of life.
+
+    Without it, a client whose connection ended without a word to it, as behind a link that fails
+    for half a minute, would wait for ever.
+    """
+    more = [
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 60_000),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+
+    def with_more(open_channel: Callable[..., grpc.Channel]) -> Callable[..., grpc.Channel]:
+        return lambda *args, options=(): open_channel(*args, options=[*options, *more])
+
+    grpc.insecure_channel = with_more(grpc.insecure_channel)
+    grpc.secure_channel = with_more(grpc.secure_channel)
+
+
+# Flower's deployment engine.
+
+
+def client_fn(context: Context) -> Client:
+    """Build the same client for Flower's deployment engine, from the run and the node config."""
+    run, node = context.run_config, context.node_config
+    torch.set_num_threads(int(node.get("threads", 1)))
+    return make_client(
+        batch_size=int(run.get("batch-size", 32)),
+        data_root=str(node.get("data-root", cifar.DATA_ROOT)),
+        synthetic=bool(run.get("synthetic", False)),
+        partition_id=int(node.get("partition-id", 0)),
+        num_partitions=int(node.get("num-partitions", 1)),
+        alpha=float(run["alpha"]) if "alpha" in run else None,
+    ).to_client()
+
+
+app = ClientApp(client_fn=client_fn)
 
 
 if __name__ == "__main__":

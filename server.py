@@ -95,7 +95,7 @@ class CifarStrategy(fl.server.strategy.FedAvg):
         """Wait for enough clients, then start a round with all of them."""
         client_manager.wait_for(self.min_available_clients, timeout=0)
         instructions = super().configure_fit(server_round, parameters, client_manager)
-        self.started = time.monotonic()
+        self.clients, self.started = 0, time.monotonic()
         self.log(f"training on {plural(len(instructions))}")
         return instructions
 
@@ -139,7 +139,8 @@ class CifarStrategy(fl.server.strategy.FedAvg):
             "clients": self.clients,
             "seconds": round(time.monotonic() - self.started, 3),
         }
-        self.log("loss {}, accuracy {}, {} clients, {} s".format(*row(record)[1:]))
+        _, loss_text, accuracy_text, _, seconds = row(record)
+        self.log(f"loss {loss_text}, accuracy {accuracy_text}, {plural(self.clients)}, {seconds} s")
         self.history.append(record)
         try:
             save(self.path, self.model, self.history)
@@ -159,13 +160,154 @@ class CifarStrategy(fl.server.strategy.FedAvg):
         accepted = []
         for client, result in results:
             if reason := problem(result):
-                name = result.metrics.get("client", client.cid)
+                name = str(result.metrics.get("client", client.cid))[:60]
                 self.log(f"result of client {name!r} refused: {reason}")
             else:
                 accepted.append((client, result))
         if failures:
             self.log(f"{plural(len(failures))} dropped out, going on with the others")
         return accepted
+
+
+def make_server(
+    path: Path,
+    resumed: bool = False,
+    rounds: int = 3,
+    min_clients: int = 2,
+    local_epochs: int = 1,
+    lr: float = 0.001,
+    seed: int | None = None,
+) -> tuple[Server, int]:
+    """Return the server, and how many rounds it has to run; keeps the first weights in `path`.
+
+    Raises UserError where the model cannot be read or written.
+    """
+    if path.suffix == ".json":
+        raise cifar.UserError(f"{path} would be the history's name: end the model's in .pt.")
+    if path.is_dir():
+        raise cifar.UserError(f"{path} is a folder: give the model a file name.")
+    if seed is not None:
+        torch.manual_seed(seed)
+    model, history = resume(path) if resumed else (cifar.Net().state_dict(), [])
+    strategy = CifarStrategy(
+        model, history, path, rounds, min_clients, {"lr": lr, "local_epochs": local_epochs}
+    )
+    try:
+        if not resumed:
+            move_aside(path)
+        save(path, strategy.model, history)
+    except OSError as error:
+        raise cifar.UserError(f"Cannot write the model to {path}: {error.strerror}.") from error
+    server = Server(client_manager=PatientClientManager(), strategy=strategy)
+    server.set_max_workers(1000)  # Flower would talk to only a few clients a core at a time
+    return server, max(0, rounds - len(history))
+
+
+def main() -> None:
+    """Run the rounds, and show them."""
+    parser = argparse.ArgumentParser(
+        description="FedAvg server: run a number of rounds with the clients that connect.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    number = cifar.number
+    add = parser.add_argument
+    add("--server-address", type=cifar.address, default="127.0.0.1:8080", help="where to listen")
+    add("--rounds", type=number(int, 1), default=3, help="rounds in all, resumed ones included")
+    add("--min-clients", type=number(int, 1), default=2, help="clients a round waits for")
+    add("--local-epochs", type=number(int, 1), default=1, help="a client's epochs in a round")
+    add("--lr", type=number(float, 0), default=0.001, help="the clients' learning rate")
+    add(
+        "--round-timeout",
+        metavar="SECONDS",
+        type=number(float, 0.1),
+        help="training, or testing, in a round goes on without clients that take longer; "
+        "without it, it waits for a client that hangs",
+    )
+    add("--model", type=Path, default="global_model.pt", help="where the model is kept")
+    add("--resume", action="store_true", help="go on with the model, after its last round")
+    add("--seed", type=number(int, 0), help="the first weights; without it, each run differs")
+    add("--ssl-certfile", type=Path, help="TLS: the server's certificate (PEM)")
+    add("--ssl-keyfile", type=Path, help="TLS: the server's private key (PEM)")
+    add("--ssl-ca-certfile", type=Path, help="TLS: the certificate of the authority (PEM)")
+    args = parser.parse_args()
+    tls = [args.ssl_ca_certfile, args.ssl_certfile, args.ssl_keyfile]
+    if any(tls) and not all(tls):
+        parser.error("--ssl-certfile, --ssl-keyfile and --ssl-ca-certfile go together")
+
+    certificates = read_certificates(*tls) if all(tls) else None
+    if not check_address(args.server_address) and not certificates:
+        print(
+            f"Warning: whoever reaches {args.server_address} can join, read the model and change "
+            "it, and nothing is encrypted. See 'More than one machine' in README.md.",
+            file=sys.stderr,
+        )
+    server, rounds = make_server(
+        args.model,
+        args.resume,
+        args.rounds,
+        args.min_clients,
+        args.local_epochs,
+        args.lr,
+        args.seed,
+    )
+    strategy = server.strategy
+    assert isinstance(strategy, CifarStrategy)
+    if rounds:
+        print(f"Listening on {args.server_address}, TLS {'on' if certificates else 'off'}")
+        # start_server() is what this shape of federation needs; that it is deprecated is for us
+        # to know (see README.md), not for every user at every start.
+        logging.getLogger("flwr").addFilter(
+            lambda record: "start_server() is deprecated" not in record.getMessage()
+        )
+        allow_keep_alive()
+        try:
+            fl.server.start_server(
+                server_address=args.server_address,
+                server=server,
+                config=ServerConfig(num_rounds=rounds, round_timeout=args.round_timeout),
+                certificates=certificates,
+            )
+        except SystemExit as stop:  # Flower's answer to SIGINT and SIGTERM
+            raise cifar.UserError(
+                stop.code
+                or f"Stopped after {len(strategy.history)} of {args.rounds} rounds. "
+                f"{args.model} is kept: --resume goes on with it."
+            ) from stop
+
+    print("\nround    loss  accuracy  clients  seconds")
+    for record in strategy.history:
+        print("{:>5} {:>7}  {:>8}  {:>7}  {:>7}".format(*row(record)))
+    if not strategy.saved:
+        raise cifar.UserError(f"The last model could not be written to {args.model}.")
+    print(f"Model: {args.model.resolve()}")
+
+
+# Waiting for clients, and judging what they send.
+
+
+class PatientClientManager(SimpleClientManager):
+    """Waits for clients as long as it takes, and says for how many."""
+
+    def wait_for(self, num_clients: int, timeout: int = 0) -> bool:
+        """Return once `num_clients` are connected, whatever the timeout."""
+        with self._cv:
+            while (connected := len(self.clients)) < num_clients:
+                print(f"Waiting for {plural(num_clients)}: {connected} connected", flush=True)
+                self._cv.wait_for(lambda: len(self.clients) != connected)
+        return True
+
+    def sample(
+        self,
+        num_clients: int,
+        min_num_clients: int | None = None,
+        criterion: Criterion | None = None,
+    ) -> list[ClientProxy]:
+        """Wait, then return up to `num_clients`; Flower's own returns none if one just left."""
+        sampled: list[ClientProxy] = []
+        while not sampled:
+            self.wait_for(min_num_clients or num_clients)
+            sampled = super().sample(min(num_clients, len(self.clients)), 0, criterion)
+        return sampled
 
 
 def bad_update(update: FitRes, model: dict[str, np.ndarray]) -> str:
@@ -175,7 +317,7 @@ def bad_update(update: FitRes, model: dict[str, np.ndarray]) -> str:
     try:
         arrays = parameters_to_ndarrays(update.parameters)
     except Exception as error:  # noqa: BLE001, NumPy raises many kinds for bytes of no array
-        return f"unreadable ({error})"
+        return f"unreadable ({type(error).__name__})"
     if len(arrays) != len(model):
         return f"{len(arrays)} arrays instead of {len(model)}"
     for (name, ours), theirs in zip(model.items(), arrays):
@@ -202,26 +344,7 @@ def average_accuracy(metrics: list[tuple[int, dict[str, Scalar]]]) -> dict[str, 
     return {"accuracy": sum(n * float(values["accuracy"]) for n, values in metrics) / total}
 
 
-class PatientClientManager(SimpleClientManager):
-    """Waits for clients as long as it takes, and says for how many."""
-
-    def wait_for(self, num_clients: int, timeout: int = 0) -> bool:
-        """Return once `num_clients` are connected, whatever the timeout."""
-        with self._cv:
-            while (connected := len(self.clients)) < num_clients:
-                print(f"Waiting for {plural(num_clients)}: {connected} connected", flush=True)
-                self._cv.wait_for(lambda: len(self.clients) != connected)
-        return True
-
-    def sample(
-        self,
-        num_clients: int,
-        min_num_clients: int | None = None,
-        criterion: Criterion | None = None,
-    ) -> list[ClientProxy]:
-        """Wait, then return up to `num_clients`; Flower's own returns none if one just left."""
-        self.wait_for(min_num_clients or num_clients)
-        return super().sample(min(num_clients, len(self.clients)), 0, criterion)
+# Keeping the model, and going on with it.
 
 
 def save(path: Path, model: dict[str, np.ndarray], history: History) -> None:
@@ -295,58 +418,7 @@ def move_aside(path: Path) -> None:
     print(f"{path} of an earlier run is kept as {old} (--resume would have gone on with it)")
 
 
-def make_server(
-    path: Path,
-    resumed: bool = False,
-    rounds: int = 3,
-    min_clients: int = 2,
-    local_epochs: int = 1,
-    lr: float = 0.001,
-    seed: int | None = None,
-) -> tuple[Server, int]:
-    """Return the server, and how many rounds it has to run; keeps the first weights in `path`.
-
-    Raises UserError where the model cannot be read or written.
-    """
-    if path.suffix == ".json":
-        raise cifar.UserError(f"{path} would be the history's name: end the model's in .pt.")
-    if path.is_dir():
-        raise cifar.UserError(f"{path} is a folder: give the model a file name.")
-    if seed is not None:
-        torch.manual_seed(seed)
-    model, history = resume(path) if resumed else (cifar.Net().state_dict(), [])
-    strategy = CifarStrategy(
-        model, history, path, rounds, min_clients, {"lr": lr, "local_epochs": local_epochs}
-    )
-    try:
-        if not resumed:
-            move_aside(path)
-        save(path, strategy.model, history)
-    except OSError as error:
-        raise cifar.UserError(f"Cannot write the model to {path}: {error.strerror}.") from error
-    server = Server(client_manager=PatientClientManager(), strategy=strategy)
-    server.set_max_workers(1000)  # Flower would talk to only a few clients a core at a time
-    return server, max(0, rounds - len(history))
-
-
-def server_fn(context: Context) -> ServerAppComponents:
-    """Build the same server for Flower's deployment engine, from the run config."""
-    run = context.run_config
-    server, rounds = make_server(
-        path=Path(str(run.get("model", "global_model.pt"))),
-        resumed=bool(run.get("resume", False)),
-        rounds=int(run.get("rounds", 3)),
-        min_clients=int(run.get("min-clients", 2)),
-        local_epochs=int(run.get("local-epochs", 1)),
-        lr=float(run.get("lr", 0.001)),
-        seed=int(run["seed"]) if "seed" in run else None,
-    )
-    timeout = float(run["round-timeout"]) if "round-timeout" in run else None
-    config = ServerConfig(num_rounds=rounds, round_timeout=timeout)
-    return ServerAppComponents(server=server, config=config)
-
-
-app = ServerApp(server_fn=server_fn)
+# Checking and showing.
 
 
 def check_address(address: str) -> bool:
@@ -397,83 +469,27 @@ def row(record: dict[str, Any]) -> list[str]:
     return ["-" if record[key] is None else format(record[key], formats[key]) for key in formats]
 
 
-def main() -> None:
-    """Run the rounds, and show them."""
-    parser = argparse.ArgumentParser(
-        description="FedAvg server: run a number of rounds with the clients that connect.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    number = cifar.number
-    add = parser.add_argument
-    add("--server-address", type=cifar.address, default="127.0.0.1:8080", help="where to listen")
-    add("--rounds", type=number(int, 1), default=3, help="rounds in all, resumed ones included")
-    add("--min-clients", type=number(int, 1), default=2, help="clients a round waits for")
-    add("--local-epochs", type=number(int, 1), default=1, help="a client's epochs in a round")
-    add("--lr", type=number(float, 0), default=0.001, help="the clients' learning rate")
-    add(
-        "--round-timeout",
-        metavar="SECONDS",
-        type=number(float, 0.1),
-        help="training, or testing, in a round goes on without clients that take longer; "
-        "without it, it waits for a client that hangs",
-    )
-    add("--model", type=Path, default="global_model.pt", help="where the model is kept")
-    add("--resume", action="store_true", help="go on with the model, after its last round")
-    cifar.add_seed_argument(parser)
-    add("--ssl-certfile", type=Path, help="TLS: the server's certificate (PEM)")
-    add("--ssl-keyfile", type=Path, help="TLS: the server's private key (PEM)")
-    add("--ssl-ca-certfile", type=Path, help="TLS: the certificate of the authority (PEM)")
-    args = parser.parse_args()
-    tls = [args.ssl_ca_certfile, args.ssl_certfile, args.ssl_keyfile]
-    if any(tls) and not all(tls):
-        parser.error("--ssl-certfile, --ssl-keyfile and --ssl-ca-certfile go together")
+# Flower's deployment engine.
 
-    certificates = read_certificates(*tls) if all(tls) else None
-    if not check_address(args.server_address) and not certificates:
-        print(
-            f"Warning: whoever reaches {args.server_address} can join, read the model and change "
-            "it, and nothing is encrypted. See 'More than one machine' in README.md.",
-            file=sys.stderr,
-        )
+
+def server_fn(context: Context) -> ServerAppComponents:
+    """Build the same server for Flower's deployment engine, from the run config."""
+    run = context.run_config
     server, rounds = make_server(
-        args.model,
-        args.resume,
-        args.rounds,
-        args.min_clients,
-        args.local_epochs,
-        args.lr,
-        args.seed,
+        path=Path(str(run.get("model", "global_model.pt"))),
+        resumed=bool(run.get("resume", False)),
+        rounds=int(run.get("rounds", 3)),
+        min_clients=int(run.get("min-clients", 2)),
+        local_epochs=int(run.get("local-epochs", 1)),
+        lr=float(run.get("lr", 0.001)),
+        seed=int(run["seed"]) if "seed" in run else None,
     )
-    strategy = server.strategy
-    assert isinstance(strategy, CifarStrategy)
-    if rounds:
-        print(f"Listening on {args.server_address}, TLS {'on' if certificates else 'off'}")
-        # start_server() is what this shape of federation needs; that it is deprecated is for us
-        # to know (see README.md), not for every user at every start.
-        logging.getLogger("flwr").addFilter(
-            lambda record: "start_server() is deprecated" not in record.getMessage()
-        )
-        allow_keep_alive()
-        try:
-            fl.server.start_server(
-                server_address=args.server_address,
-                server=server,
-                config=ServerConfig(num_rounds=rounds, round_timeout=args.round_timeout),
-                certificates=certificates,
-            )
-        except SystemExit as stop:  # Flower's answer to SIGINT and SIGTERM
-            raise cifar.UserError(
-                stop.code
-                or f"Stopped after {len(strategy.history)} of {args.rounds} rounds. "
-                f"{args.model} is kept: --resume goes on with it."
-            ) from stop
+    timeout = float(run["round-timeout"]) if "round-timeout" in run else None
+    config = ServerConfig(num_rounds=rounds, round_timeout=timeout)
+    return ServerAppComponents(server=server, config=config)
 
-    print("\nround    loss  accuracy  clients  seconds")
-    for record in strategy.history:
-        print("{:>5} {:>7}  {:>8}  {:>7}  {:>7}".format(*row(record)))
-    if not strategy.saved:
-        raise cifar.UserError(f"The last model could not be written to {args.model}.")
-    print(f"Model: {args.model.resolve()}")
+
+app = ServerApp(server_fn=server_fn)
 
 
 if __name__ == "__main__":
