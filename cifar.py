@@ -92,7 +92,7 @@ def load_data(
     """Load one client's part of CIFAR-10, by default all of it (training and test set).
 
     The loaders give float images (N, 3, 32, 32) in [-1, 1] and int64 labels (N,). Raises
-    UserError where the images are neither there nor to be had, or the part would be empty.
+    UserError where the images are neither there nor to be had, or the part has none.
     """
     if synthetic:
         train_files, test_files = [synthesize(10_000, seed=1)], [synthesize(2_000, seed=2)]
@@ -100,13 +100,13 @@ def load_data(
         train_files, test_files = read_or_fetch(Path(data_root).expanduser())
     train_labels = np.concatenate([labels for _, labels in train_files])
     test_labels = np.concatenate([labels for _, labels in test_files])
+    if not 0 <= partition_id < num_partitions <= min(len(train_labels), len(test_labels)):
+        raise UserError(
+            f"No images for part {partition_id} of {num_partitions}: parts count from 0, and there "
+            f"are {len(train_labels)} images to train on and {len(test_labels)} to test on."
+        )
     train_indices = partition(train_labels, num_partitions, alpha)[partition_id]
     test_indices = partition(test_labels, num_partitions)[partition_id]
-    if len(train_indices) == 0 or len(test_indices) == 0:
-        raise UserError(
-            f"Part {partition_id} of {num_partitions} has no images: there are only "
-            f"{len(train_labels)} to train on and {len(test_labels)} to test on."
-        )
     trainset, testset = select(train_files, train_indices), select(test_files, test_indices)
     on_gpu = torch.cuda.is_available()
     trainloader = DataLoader(

@@ -229,9 +229,10 @@ def test_a_part_keeps_image_and_label_together(small_root):
         assert known[image.numpy().tobytes()] == label
 
 
-def test_a_part_without_images_is_an_error(small_root):
-    with pytest.raises(cifar.UserError, match="Part 100 of 101 has no images"):
-        cifar.load_data(data_root=small_root, partition_id=100, num_partitions=101)
+@pytest.mark.parametrize("part, parts", [(100, 101), (0, 101), (3, 3), (-1, 3), (0, 2_000_000_000)])
+def test_a_part_without_images_is_an_error(small_root, part, parts):
+    with pytest.raises(cifar.UserError, match=f"No images for part {part} of {parts}: "):
+        cifar.load_data(data_root=small_root, partition_id=part, num_partitions=parts)
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "x", "nan", "2.5"])
