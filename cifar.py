@@ -95,19 +95,18 @@ def load_data(
     UserError where the images are neither there nor to be had, or the part has none.
     """
     if synthetic:
-        train_files, test_files = [synthesize(10_000, seed=1)], [synthesize(2_000, seed=2)]
+        train_images, test_images = synthesize(10_000, seed=1), synthesize(2_000, seed=2)
     else:
-        train_files, test_files = read_or_fetch(Path(data_root).expanduser())
-    train_labels = np.concatenate([labels for _, labels in train_files])
-    test_labels = np.concatenate([labels for _, labels in test_files])
+        train_images, test_images = read_or_fetch(Path(data_root).expanduser())
+    train_labels, test_labels = train_images[1], test_images[1]
     if not 0 <= partition_id < num_partitions <= min(len(train_labels), len(test_labels)):
         raise UserError(
             f"No images for part {partition_id} of {num_partitions}: parts count from 0, and there "
             f"are {len(train_labels)} images to train on and {len(test_labels)} to test on."
         )
-    train_indices = partition(train_labels, num_partitions, alpha)[partition_id]
-    test_indices = partition(test_labels, num_partitions)[partition_id]
-    trainset, testset = select(train_files, train_indices), select(test_files, test_indices)
+    part = partition(train_labels, num_partitions, alpha)[partition_id]
+    trainset = select(train_images, part)
+    testset = select(test_images, partition(test_labels, num_partitions)[partition_id])
     on_gpu = torch.cuda.is_available()
     trainloader = DataLoader(
         trainset, batch_size=batch_size, shuffle=True, collate_fn=tuple, pin_memory=on_gpu
@@ -217,12 +216,12 @@ def main() -> None:
     print("Accuracy: ", accuracy)
 
 
-# What load_data() is made of. A file of CIFAR-10 holds uint8 images (N, 3, 32, 32) and N labels.
-File = tuple[np.ndarray, np.ndarray]
+# What load_data() is made of: uint8 images (N, 32, 32, 3) and their N labels.
+Labelled = tuple[np.ndarray, np.ndarray]
 
 
-def read_or_fetch(root: Path) -> tuple[list[File], list[File]]:
-    """Return the training and the test files below `root`, downloaded if need be, by one process.
+def read_or_fetch(root: Path) -> tuple[Labelled, Labelled]:
+    """Return the training and the test images below `root`, downloaded, by one process, if need be.
 
     Raises UserError where they are neither there nor to be had.
     """
@@ -247,20 +246,25 @@ def read_or_fetch(root: Path) -> tuple[list[File], list[File]]:
         lock.release()
 
 
-def read(root: Path) -> tuple[list[File], list[File]]:
+def read(root: Path) -> tuple[Labelled, Labelled]:
     """Read and verify the unpacked files; raises OSError where one is missing or damaged."""
     # Importing torchvision takes a second: only for those who need it.
     from torchvision.datasets import CIFAR10  # type: ignore[import-untyped]
 
-    def read_file(name: str, md5: str) -> File:
-        content = (root / CIFAR10.base_folder / name).read_bytes()
-        if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-            raise OSError(f"{name} is damaged")
-        entry = pickle.loads(content, encoding="latin1")
-        return entry["data"].reshape(-1, 3, 32, 32), np.array(entry["labels"])
+    def read_files(files: list[tuple[str, str]]) -> Labelled:
+        for i, (name, md5) in enumerate(files):
+            content = (root / CIFAR10.base_folder / name).read_bytes()
+            if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+                raise OSError(f"{name} is damaged")
+            entry = pickle.loads(content, encoding="latin1")
+            if i == 0:  # all files are of one length, and no image is to be in memory twice
+                images = np.empty((len(files), len(entry["labels"]), 32, 32, 3), dtype=np.uint8)
+                labels = np.empty(images.shape[:2], dtype=np.int64)
+            images[i] = entry["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+            labels[i] = entry["labels"]
+        return images.reshape(-1, 32, 32, 3), labels.reshape(-1)
 
-    train_files = [read_file(name, md5) for name, md5 in CIFAR10.train_list]
-    return train_files, [read_file(name, md5) for name, md5 in CIFAR10.test_list]
+    return read_files(CIFAR10.train_list), read_files(CIFAR10.test_list)
 
 
 def fetch(root: Path) -> None:
@@ -289,7 +293,7 @@ def fetch(root: Path) -> None:
         socket.setdefaulttimeout(None)
 
 
-def synthesize(num_images: int, seed: int) -> File:
+def synthesize(num_images: int, seed: int) -> Labelled:
     """Generate images that a CNN can learn: a class is a coarse pattern, shifted and under noise."""
     # RandomState, here and below, because NumPy promises that its numbers never change.
     patterns = np.random.RandomState(0).randint(2, size=(10, 3, 4, 4), dtype=np.uint8)
@@ -299,7 +303,7 @@ def synthesize(num_images: int, seed: int) -> File:
     labels = np.arange(num_images) % 10
     for image, label, shift in zip(images, labels, random.randint(-4, 5, size=(num_images, 2))):
         image += np.roll(patterns[label], shift, axis=(1, 2))
-    return images, labels
+    return np.ascontiguousarray(images.transpose(0, 2, 3, 1)), labels
 
 
 def partition(
@@ -333,18 +337,11 @@ def partition(
     return parts
 
 
-def select(files: list[File], indices: np.ndarray) -> Images:
-    """Keep the images with these sorted indices; empties `files`, to hold no image twice."""
-    images = np.empty((len(indices), 32, 32, 3), dtype=np.uint8)
-    labels = np.empty(len(indices), dtype=np.int64)
-    start = 0
-    while files:
-        file_images, file_labels = files.pop(0)
-        first, last = np.searchsorted(indices, [start, start + len(file_labels)])
-        chosen = indices[first:last] - start
-        images[first:last] = file_images[chosen].transpose(0, 2, 3, 1)
-        labels[first:last] = file_labels[chosen]
-        start += len(file_labels)
+def select(labelled: Labelled, indices: np.ndarray) -> Images:
+    """Return a data set of the images with these sorted indices; all of them are not copied."""
+    images, labels = labelled
+    if len(indices) < len(labels):
+        images, labels = images[indices], labels[indices]
     return Images(torch.from_numpy(images), torch.from_numpy(labels))
 
 

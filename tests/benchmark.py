@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms  # type: ignore[import-untyped]
 
 import cifar
@@ -67,7 +67,7 @@ def our_loaders() -> tuple[DataLoader, DataLoader]:
     if there():
         return cifar.load_data()[:2]
     trainset, testset = (
-        cifar.select([cifar.synthesize(count, seed)], np.arange(count))
+        cifar.select(cifar.synthesize(count, seed), np.arange(count))
         for count, seed in ((50_000, 1), (10_000, 2))
     )
     trainloader = DataLoader(trainset, batch_size=32, shuffle=True, collate_fn=tuple)
@@ -90,7 +90,7 @@ def plain_loaders() -> tuple[DataLoader, DataLoader]:
         )
     else:
         trainset, testset = (
-            PlainImages(images.transpose(0, 2, 3, 1).copy(), labels)
+            PlainImages(images, labels)
             for images, labels in (cifar.synthesize(50_000, 1), cifar.synthesize(10_000, 2))
         )
     return DataLoader(trainset, 32, shuffle=True), DataLoader(testset, 32)
@@ -187,8 +187,8 @@ def our_client(address: str) -> None:
     if address:
         client.run(timed, address, 60, None)
     else:
-        batches = list(zip(range(100), trainloader))
-        cifar.train(timed.model, [batch for _, batch in batches], 1, DEVICE)  # type: ignore[arg-type]
+        some = Subset(trainloader.dataset, range(3200))
+        cifar.train(timed.model, DataLoader(some, 32, collate_fn=tuple), 1, DEVICE)
         print(f"memory {peak_memory():.0f}")
 
 

@@ -15,7 +15,8 @@ import client
 def made():
     """Return a client on 320 synthetic images, tested on 100."""
     datasets = [
-        cifar.select([cifar.synthesize(n, seed)], np.arange(n)) for n, seed in ((320, 1), (100, 2))
+        cifar.select(cifar.synthesize(count, seed), np.arange(count))
+        for count, seed in ((320, 1), (100, 2))
     ]
     trainloader, testloader = (
         torch.utils.data.DataLoader(dataset, batch_size=32, collate_fn=tuple)
@@ -108,8 +109,8 @@ def test_client_says_what_it_holds(capsys, small_cifar, monkeypatch):
 
 
 def two_classes():
-    images, labels = np.zeros((10, 3, 32, 32), np.uint8), np.arange(10) % 2
-    return [(images, labels)], [(images, labels)]
+    labelled = np.zeros((10, 32, 32, 3), np.uint8), np.arange(10) % 2
+    return labelled, labelled
 
 
 def test_channels_ask_for_signs_of_life(monkeypatch):
