@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import hashlib
 import io
+import os
 import pickle
 import socket
 import sys
@@ -97,7 +98,7 @@ def load_data(
     if synthetic:
         train_images, test_images = synthesize(10_000, seed=1), synthesize(2_000, seed=2)
     else:
-        train_images, test_images = read_or_fetch(Path(data_root).expanduser())
+        train_images, test_images = read_or_fetch(Path(os.path.expanduser(data_root)))
     train_labels, test_labels = train_images[1], test_images[1]
     if not 0 <= partition_id < num_partitions <= min(len(train_labels), len(test_labels)):
         raise UserError(
@@ -319,15 +320,16 @@ def partition(
     order = random.permutation(len(labels))
     if alpha is None:
         return [np.sort(order[part::num_partitions]) for part in range(num_partitions)]
-    classes = [order[labels[order] == label] for label in range(10)]
+    classes = [order[labels[order] == label] for label in range(len(CLASSES))]
     parts = []
     for part in range(num_partitions):
         size = (len(labels) + part) // num_partitions
         # A draw from the Dirichlet distribution, as logarithms: for a small alpha it underflows.
-        a = alpha / 10
-        log_share = np.log(random.gamma(a + 1, size=10)) + np.log(random.uniform(size=10)) / a
+        a = alpha / len(classes)
+        log_share = np.log(random.gamma(a + 1, size=len(classes)))
+        log_share += np.log(random.uniform(size=len(classes))) / a
         left = np.array([len(indices) for indices in classes])
-        counts = np.zeros(10, dtype=int)
+        counts = np.zeros(len(classes), dtype=int)
         while missing := size - counts.sum():
             log_share[counts == left] = -np.inf  # a class that is used up drops out
             share = np.exp(log_share - log_share.max())
@@ -369,7 +371,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data-root", default=DATA_ROOT, help="where CIFAR-10 is, or is put")
     add("--synthetic", action="store_true", help="train on generated images, without a download")
-    add("--seed", type=number(int, 0), help="the order of the images; without it, each run differs")
+    add("--seed", type=number(int, 0), help="make the run repeatable; without it, each run differs")
 
 
 def number(kind: type, low: float, high: float = 2**31 - 1) -> Callable[[str], Any]:
@@ -398,8 +400,8 @@ def resolve(address: str) -> list[tuple[Any, ...]]:
     host, _, port = address.rpartition(":")
     try:
         return socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise UserError(f"The host {host} is not known: {error.strerror}.") from error
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"The host {host} is not known: {error}.") from error
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ from pathlib import Path
 
 # Flower reads these as it is imported: it reports nothing to its maker, and leaves the talking to
 # the lines printed here. A setting of the user's own wins.
-os.environ["FLWR_TELEMETRY_ENABLED"] = os.environ.get("FLWR_TELEMETRY_ENABLED", "0")
-os.environ["FLWR_LOG_LEVEL"] = os.environ.get("FLWR_LOG_LEVEL", "WARNING")
-os.environ["GRPC_VERBOSITY"] = os.environ.get("GRPC_VERBOSITY", "NONE")
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_LOG_LEVEL", "WARNING")
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import flwr as fl
 import grpc  # type: ignore[import-untyped]
@@ -105,7 +105,7 @@ def make_client(
     trainloader, testloader, num_examples = cifar.load_data(
         batch_size, data_root, synthetic, partition_id, num_partitions, alpha
     )
-    counts = torch.bincount(trainloader.dataset.labels, minlength=10)  # type: ignore[attr-defined]
+    counts = torch.bincount(trainloader.dataset.labels, minlength=len(cifar.CLASSES))  # type: ignore[attr-defined]
     held = ", ".join(f"{name} {count}" for name, count in zip(cifar.CLASSES, counts.tolist()))
     print(
         f"Client {NAME}, part {partition_id} of {num_partitions}: {num_examples['trainset']} images "
@@ -140,7 +140,7 @@ def main() -> None:
     add(
         "--alpha",
         type=number(float, 0.001, 1e6),
-        help="skew the parts' labels by Dirichlet(alpha), smaller is more; without it they are alike",
+        help="skew the parts' classes, smaller is more (see README.md); without it they are alike",
     )
     add(
         "--threads",
@@ -225,7 +225,7 @@ HINTS = {  # what gRPC says, in many words, and what it means
     "Connection refused": "Connection refused; is it running?",
     "Socket closed": "it closed the connection; if it uses TLS, add --root-certificates",
     "WRONG_VERSION_NUMBER": "it does not use TLS, leave --root-certificates out",
-    "CERTIFICATE_VERIFY_FAILED": "its certificate is not from the authority in --root-certificates",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate has expired, or is not from the authority in --root-certificates",
     "Deadline Exceeded": "no answer",
 }
 
@@ -246,6 +246,7 @@ def wait_for_server(address: str, seconds: float, root_certificates: bytes | Non
         while True:
             try:
                 probe(b"", timeout=min(5, max(0.1, deadline - time.monotonic())))
+                return
             except grpc.RpcError as error:
                 if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                     return

@@ -16,8 +16,8 @@ import io
 import ipaddress
 import json
 import logging
-import math
 import os
+import random
 import socket
 import ssl
 import sys
@@ -29,15 +29,17 @@ from typing import Any
 
 # Flower reads these as it is imported: it reports nothing to its maker, and leaves the talking to
 # the lines printed here. A setting of the user's own wins.
-os.environ["FLWR_TELEMETRY_ENABLED"] = os.environ.get("FLWR_TELEMETRY_ENABLED", "0")
-os.environ["FLWR_LOG_LEVEL"] = os.environ.get("FLWR_LOG_LEVEL", "WARNING")
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_LOG_LEVEL", "WARNING")
 
 import flwr as fl
 import grpc  # type: ignore[import-untyped]
 import numpy as np
 import torch
 from flwr.common import (
+    Code,
     Context,
+    EvaluateIns,
     EvaluateRes,
     FitIns,
     FitRes,
@@ -111,15 +113,30 @@ class CifarStrategy(fl.server.strategy.FedAvg):
         accepted.sort(key=lambda result: result[1].parameters.tensors)
         parameters, metrics = super().aggregate_fit(server_round, accepted, [])
         if parameters is not None:
-            averages = parameters_to_ndarrays(parameters)
-            for (name, old), new in zip(self.model.items(), averages):
-                self.model[name] = new.astype(old.dtype)  # FedAdam and its like give float64
-            parameters = ndarrays_to_parameters(list(self.model.values()))
+            # FedAdam and its like give float64, and can overflow.
+            averages = [
+                new.astype(old.dtype)
+                for new, old in zip(parameters_to_ndarrays(parameters), self.model.values())
+            ]
+            if not all(np.isfinite(average).all() for average in averages):
+                self.log("NaN or infinity in the average, the model stays as it was")
+                return None, metrics
+            self.model = dict(zip(self.model, averages))
+            parameters = ndarrays_to_parameters(averages)
         self.clients = len(accepted)
         return parameters, metrics
 
+    def configure_evaluate(
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, EvaluateIns]]:
+        """Test on whoever is there; with nobody, the round ends here, so that its model is kept."""
+        if client_manager.num_available() == 0:
+            self.aggregate_evaluate(server_round, [], [])
+            return []
+        return super().configure_evaluate(server_round, parameters, client_manager)
+
     def num_evaluation_clients(self, num_available_clients: int) -> tuple[int, int]:
-        """Test on whoever is there: a round whose training is done waits for nobody."""
+        """Return how many clients test, and how many are enough: unlike for training, one."""
         return super().num_evaluation_clients(num_available_clients)[0], 1
 
     def aggregate_evaluate(
@@ -139,15 +156,15 @@ class CifarStrategy(fl.server.strategy.FedAvg):
             "clients": self.clients,
             "seconds": round(time.monotonic() - self.started, 3),
         }
-        _, loss_text, accuracy_text, _, seconds = row(record)
-        self.log(f"loss {loss_text}, accuracy {accuracy_text}, {plural(self.clients)}, {seconds} s")
-        self.history.append(record)
         try:
-            save(self.path, self.model, self.history)
+            save(self.path, self.model, [*self.history, record])
             self.saved = True
         except OSError as error:
             print(f"Cannot write {self.path}: {error.strerror}. It stays as it was.", flush=True)
             self.saved = False
+        _, loss_text, accuracy_text, _, seconds = row(record)
+        self.log(f"loss {loss_text}, accuracy {accuracy_text}, {plural(self.clients)}, {seconds} s")
+        self.history.append(record)
         return loss, metrics
 
     def accept(
@@ -158,14 +175,17 @@ class CifarStrategy(fl.server.strategy.FedAvg):
     ) -> list[tuple[ClientProxy, Any]]:
         """Return the results without a problem; name the others, and count who gave none."""
         accepted = []
-        for client, result in results:
-            if reason := problem(result):
+        answers = [failure for failure in failures if isinstance(failure, tuple)]
+        for client, result in [*results, *answers]:
+            failed = result.status.code is not Code.OK
+            if reason := f"error, {result.status.message}" if failed else problem(result):
                 name = str(result.metrics.get("client", client.cid))[:60]
-                self.log(f"result of client {name!r} refused: {reason}")
+                line = f"result of client {name!r} refused: {reason}"
+                self.log(line.encode("ascii", "backslashreplace").decode()[:300])
             else:
                 accepted.append((client, result))
-        if failures:
-            self.log(f"{plural(len(failures))} dropped out, going on with the others")
+        if lost := len(failures) - len(answers):
+            self.log(f"{plural(lost)} dropped out")
         return accepted
 
 
@@ -184,17 +204,19 @@ def make_server(
     """
     if path.suffix == ".json":
         raise cifar.UserError(f"{path} would be the history's name: end the model's in .pt.")
-    if path.is_dir():
-        raise cifar.UserError(f"{path} is a folder: give the model a file name.")
     if seed is not None:
         torch.manual_seed(seed)
-    model, history = resume(path) if resumed else (cifar.Net().state_dict(), [])
-    strategy = CifarStrategy(
-        model, history, path, rounds, min_clients, {"lr": lr, "local_epochs": local_epochs}
-    )
     try:
-        if not resumed:
+        if path.is_dir():
+            raise cifar.UserError(f"{path} is a folder: give the model a file name.")
+        if resumed:
+            model, history = resume(path)
+        else:
+            model, history = cifar.Net().state_dict(), []
             move_aside(path)
+        strategy = CifarStrategy(
+            model, history, path, rounds, min_clients, {"lr": lr, "local_epochs": local_epochs}
+        )
         save(path, strategy.model, history)
     except OSError as error:
         raise cifar.UserError(f"Cannot write the model to {path}: {error.strerror}.") from error
@@ -303,11 +325,13 @@ class PatientClientManager(SimpleClientManager):
         criterion: Criterion | None = None,
     ) -> list[ClientProxy]:
         """Wait, then return up to `num_clients`; Flower's own returns none if one just left."""
-        sampled: list[ClientProxy] = []
-        while not sampled:
-            self.wait_for(min_num_clients or num_clients)
-            sampled = super().sample(min(num_clients, len(self.clients)), 0, criterion)
-        return sampled
+        self.wait_for(min_num_clients or num_clients)
+        clients = list(self.all().values())
+        return random.sample(clients, min(num_clients, len(clients)))
+
+    def all(self) -> dict[str, ClientProxy]:
+        """Return the connected clients, copied: they come and go at any time."""
+        return dict(self.clients)
 
 
 def bad_update(update: FitRes, model: dict[str, np.ndarray]) -> str:
@@ -321,6 +345,8 @@ def bad_update(update: FitRes, model: dict[str, np.ndarray]) -> str:
     if len(arrays) != len(model):
         return f"{len(arrays)} arrays instead of {len(model)}"
     for (name, ours), theirs in zip(model.items(), arrays):
+        if not isinstance(theirs, np.ndarray):  # np.load() opens archives too
+            return f"unreadable ({type(theirs).__name__})"
         if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
             return f"{name} is {theirs.dtype}{theirs.shape} instead of {ours.dtype}{ours.shape}"
         if not np.isfinite(theirs).all():
@@ -330,11 +356,11 @@ def bad_update(update: FitRes, model: dict[str, np.ndarray]) -> str:
 
 def bad_evaluation(evaluation: EvaluateRes) -> str:
     """Say why a client's test result cannot be averaged; an empty string if it can."""
-    accuracy = evaluation.metrics.get("accuracy")
+    loss, accuracy = evaluation.loss, evaluation.metrics.get("accuracy")
     if evaluation.num_examples < 1:
         return f"tested on {evaluation.num_examples} examples"
-    if not isinstance(accuracy, float) or not math.isfinite(evaluation.loss + accuracy):
-        return f"loss {evaluation.loss}, accuracy {accuracy!r}"
+    if not abs(loss) < 1e30 or not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 1:
+        return f"loss {loss}, accuracy {accuracy!r}"
     return ""
 
 
@@ -348,9 +374,9 @@ def average_accuracy(metrics: list[tuple[int, dict[str, Scalar]]]) -> dict[str, 
 
 
 def save(path: Path, model: dict[str, np.ndarray], history: History) -> None:
-    """Write the state_dict to `path` and the history beside it, each whole or not at all.
+    """Write the state_dict to `path` and the history beside it, so that nobody finds half a file.
 
-    Raises OSError; what was there before is then untouched.
+    Raises OSError; the files that were there are then as they were.
     """
     state_dict = OrderedDict((name, torch.from_numpy(value)) for name, value in model.items())
     # The model carries its history, where PyTorch keeps a state_dict's version: a server that is
@@ -358,24 +384,25 @@ def save(path: Path, model: dict[str, np.ndarray], history: History) -> None:
     # the seconds, so that the same run gives the same file.
     kept = [{**record, "seconds": None} for record in history]
     state_dict._metadata = {"": {"history": kept}}  # type: ignore[attr-defined]
-    content = io.BytesIO()
-    torch.save(state_dict, content)
-    replace(path, content.getvalue())
-    replace(path.with_suffix(".json"), json.dumps(history, indent=2).encode() + b"\n")
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Write a file under another name and rename it, so that nobody ever finds half of it."""
-    temporary = path.with_name(path.name + ".tmp")
+    buffer = io.BytesIO()
+    torch.save(state_dict, buffer)
+    files = {
+        path: buffer.getvalue(),
+        path.with_suffix(".json"): json.dumps(history, indent=2).encode() + b"\n",
+    }
+    temporary = {final: final.with_name(final.name + ".tmp") for final in files}
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        for final, content in files.items():
+            with temporary[final].open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for final in files:
+            temporary[final].replace(final)
     except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        for each in temporary.values():
+            with contextlib.suppress(OSError):
+                each.unlink()
         raise
 
 
@@ -392,11 +419,10 @@ def resume(path: Path) -> tuple[dict[str, torch.Tensor], History]:
     except ValueError as error:
         raise cifar.UserError(f"{history_path} holds no history, or a damaged one.") from error
     kept = getattr(model, "_metadata", {}).get("", {}).get("history")
-    try:
+    known = None
+    if isinstance(history, list) and all(isinstance(record, dict) for record in history):
         known = [{**record, "seconds": None} for record in history]
-    except TypeError:
-        known = None
-    # The model is written first, so it may know of one round more.
+    # The model is renamed first, so it may know of one round more.
     if not isinstance(kept, list) or known not in (kept, kept[:-1]):
         raise cifar.UserError(f"{history_path} is not the history of {path}.")
     return model, history + kept[len(history) :]
@@ -404,17 +430,18 @@ def resume(path: Path) -> tuple[dict[str, torch.Tensor], History]:
 
 def move_aside(path: Path) -> None:
     """Rename the model of an earlier run, and its history, so that the new one loses neither."""
-    if not path.exists():
+    pair = [path.with_suffix(".json"), path]
+    if not any(file.exists() for file in pair):
         return
     with contextlib.suppress(cifar.UserError):
         if not resume(path)[1]:
             return  # a run that ended before its first round: there is nothing to keep
     number = 1
-    while (old := path.with_stem(f"{path.stem}-{number}")).exists():
+    while any((old := file.with_stem(f"{file.stem}-{number}")).exists() for file in pair):
         number += 1
-    path.rename(old)
-    with contextlib.suppress(FileNotFoundError):
-        path.with_suffix(".json").rename(old.with_suffix(".json"))
+    for file in pair:
+        with contextlib.suppress(FileNotFoundError):
+            old = file.rename(file.with_stem(f"{file.stem}-{number}"))
     print(f"{path} of an earlier run is kept as {old} (--resume would have gone on with it)")
 
 

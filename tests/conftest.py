@@ -70,16 +70,20 @@ class Script:
                 self.output += line
                 self.more.notify_all()
 
-    def until(self, text: str, count: int = 1, timeout: float = 60) -> None:
-        """Wait until the script has printed `text`, `count` times."""
+    def until(self, text: str, count: int = 1, after: str = "", timeout: float = 60) -> None:
+        """Wait until the script has printed `text`, `count` times; after a first text if given."""
+
+        def seen() -> bool:
+            start = self.output.find(after)
+            return start >= 0 and self.output.count(text, start) >= count
+
         ended = False
-        while self.output.count(text) < count and not ended:
+        while not seen() and not ended:
             ended = not self.reader.is_alive()
             with self.more:
-                found = self.more.wait_for(lambda: self.output.count(text) >= count, 0.5)
-            timeout -= 0 if found else 0.5
+                timeout -= 0 if self.more.wait_for(seen, 0.5) else 0.5
             assert timeout > 0, f"no {text!r} in:\n{self.output}"
-        assert self.output.count(text) >= count, f"no {text!r} in:\n{self.output}"
+        assert seen(), f"no {text!r} in:\n{self.output}"
 
     def end(self, timeout: float = 60) -> int:
         """Wait until the script ends; return its exit code."""

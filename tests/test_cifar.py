@@ -3,7 +3,7 @@
 import argparse
 import functools
 import http.server
-import json
+import re
 import shutil
 import threading
 
@@ -253,8 +253,9 @@ def test_what_is_no_address_is_refused(text):
 
 def test_addresses_are_accepted():
     assert [cifar.address(text) for text in ("localhost:1", "[::1]:65535")]
-    with pytest.raises(cifar.UserError, match="no-such-host.invalid"):
-        cifar.resolve("no-such-host.invalid:80")
+    for host in ("no-such-host.invalid", "a..b"):
+        with pytest.raises(cifar.UserError, match=host):
+            cifar.resolve(f"{host}:80")
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", "list", "other", "partial"])
@@ -399,13 +400,22 @@ def test_evaluate_needs_a_model(start):
 
 def test_help_shows_every_default(start):
     expected = {
-        "cifar.py": ["2", "32", "0.001", "~/data/cifar-10", "False", "None"],
-        "server.py": ["127.0.0.1:8080", "3", "2", "1", "0.001", "global_model.pt", "None", "False"],
-        "client.py": ["127.0.0.1:8080", "60", "32", "~/data/cifar-10", "False", "0", "1", "None"],
+        "cifar.py": {"epochs": 2, "batch-size": 32, "lr": 0.001, "data-root": "~/data/cifar-10"}
+        | {"synthetic": False, "seed": None, "threads": 1, "evaluate": None},
+        "server.py": {"server-address": "127.0.0.1:8080", "rounds": 3, "min-clients": 2}
+        | {"local-epochs": 1, "lr": 0.001, "round-timeout": None, "model": "global_model.pt"}
+        | {"resume": False, "seed": None, "ssl-certfile": None, "ssl-keyfile": None}
+        | {"ssl-ca-certfile": None},
+        "client.py": {"server-address": "127.0.0.1:8080", "wait": 60, "batch-size": 32}
+        | {"data-root": "~/data/cifar-10", "synthetic": False, "partition-id": 0}
+        | {"num-partitions": 1, "alpha": None, "seed": None, "threads": 1}
+        | {"root-certificates": None},
     }
     scripts = {name: start(name, "--help") for name in expected}
     for name, script in scripts.items():
         assert script.end() == 0
-        text = " ".join(script.output.split())
-        for default in expected[name]:
-            assert f"(default: {default})" in text, json.dumps([name, default])
+        flags = {}
+        for entry in script.output.split("\n  --")[1:]:
+            flag, _, text = entry.partition(" ")
+            flags[flag] = re.search(r"\(default: (.*)\)", " ".join(text.split()))[1]
+        assert flags == {flag: str(default) for flag, default in expected[name].items()}

@@ -73,7 +73,7 @@ def assert_done(server, *clients, codes=0):
 
 def test_federation_learns(start, start_server, address, tmp_path):
     """The three scripts, as the README starts them, on images that can be learned."""
-    server = start_server()
+    server = start_server("--seed", 1)
     arguments = ["client.py", "--server-address", address, "--synthetic"]
     clients = [start(*arguments, "--seed", seed) for seed in (1, 2)]
     assert_done(server, *clients)
@@ -158,7 +158,7 @@ def test_client_dies_in_a_round(start_server, start_client, tmp_path):
     clients[0].until("Training 40 epoch(s)")
     clients[0].kill()
     server.until("Round 1/3: 1 client dropped out")
-    server.until("Waiting for 2 clients: 1 connected", count=2)
+    server.until("Waiting for 2 clients: 1 connected", after="dropped out")
     newcomer = start_client()
     assert_done(server, clients[1], newcomer)
     assert [record["clients"] for record in history(tmp_path)] == [1, 2, 2]
@@ -192,7 +192,7 @@ def test_resume_has_nothing_to_do(start_server, start_client, tmp_path):
 
 
 def test_client_hangs(start_server, start_client, tmp_path):
-    server = start_server(*LONG, "--round-timeout", 4, "--min-clients", 1, "--rounds", 2)
+    server = start_server(*LONG, "--round-timeout", 12, "--min-clients", 1, "--rounds", 2)
     server.until("Waiting for 1 client")
     hanging = start_client()
     hanging.until("Training 40 epoch(s)")

@@ -1,5 +1,6 @@
 """server.py: what is averaged, what is refused, and what is kept; without a network."""
 
+import io
 import json
 import os
 
@@ -16,6 +17,7 @@ from flwr.common import (
     parameters_to_ndarrays,
 )
 from flwr.server import SimpleClientManager
+from flwr.server.strategy import FedAvg
 
 import cifar
 import server
@@ -81,6 +83,12 @@ def with_value(value):
     return arrays
 
 
+def archive():
+    content = io.BytesIO()
+    np.savez(content, a=np.zeros(1))
+    return content.getvalue()
+
+
 BAD_UPDATES = {
     "NaN or infinity in fc3.bias": update(with_value(np.nan)),
     "NaN or infinity in fc3.bias ": update(with_value(-np.inf)),
@@ -95,6 +103,10 @@ BAD_UPDATES = {
     "trained on 0 examples": update(weights(), 0),
     "trained on -5 examples": update(weights(), -5),
     "unreadable": (Client(), FitRes(OK, Parameters([b"x"] * 10, "numpy.ndarray"), 1, {})),
+    "unreadable (NpzFile)": (
+        Client(),
+        FitRes(OK, Parameters([archive()] * 10, "numpy.ndarray"), 1, {}),
+    ),
     "unreadable (": (
         Client(),
         FitRes(OK, Parameters([ndarrays_to_parameters(weights()).tensors[0][:-9]] * 10, ""), 1, {}),
@@ -143,6 +155,8 @@ def test_evaluation_is_weighted_by_examples(strategy, tmp_path, capsys):
         evaluation(np.inf, accuracy=0.5),
         evaluation(accuracy=np.nan),
         evaluation(accuracy="high"),
+        evaluation(accuracy=1.1),
+        evaluation(1e300, accuracy=0.5),
         evaluation(),
         evaluation(0.1, 0, accuracy=0.9),
         evaluation(0.1, -3, accuracy=0.9),
@@ -152,6 +166,42 @@ def test_bad_evaluation_is_refused(strategy, capsys, bad):
     loss, metrics = strategy.aggregate_evaluate(1, [bad, evaluation(2.0, accuracy=0.25)], [])
     assert (loss, metrics) == (2.0, {"accuracy": 0.25})
     assert "result of client '0123456789abcdef' refused" in capsys.readouterr().out
+
+
+def test_whole_accuracy_is_accepted(strategy):
+    assert strategy.aggregate_evaluate(1, [evaluation(accuracy=1)], [])[1] == {"accuracy": 1}
+
+
+def test_answer_with_an_error_is_named(strategy, capsys):
+    answer = FitRes(Status(Code.FIT_NOT_IMPLEMENTED, "cannot"), Parameters([], ""), 0, {})
+    strategy.aggregate_fit(1, [], [(Client(), answer), RuntimeError()])
+    out = capsys.readouterr().out
+    assert "result of client '0123456789abcdef' refused: error, cannot" in out
+    assert "Round 1/3: 1 client dropped out" in out
+
+
+def test_what_a_client_says_of_itself_cannot_spoil_the_log(strategy, capsys):
+    strategy.aggregate_fit(1, [update([], client="\x1b[2J\n\u2603" * 1000)], [])
+    out = capsys.readouterr().out
+    assert out.isascii() and "\x1b" not in out and len(out) < 400 and out.count("\n") == 1
+
+
+def test_average_that_overflows_leaves_the_model(strategy, monkeypatch, capsys):
+    before = dict(strategy.model)
+    huge = ndarrays_to_parameters([value.astype(float) * 1e300 for value in weights()])
+    monkeypatch.setattr(FedAvg, "aggregate_fit", lambda *args: (huge, {}))
+    with np.errstate(over="ignore"):
+        assert strategy.aggregate_fit(1, [update(weights())], [])[0] is None
+    assert strategy.model == before and "NaN or infinity in the average" in capsys.readouterr().out
+
+
+def test_round_ends_without_a_test_if_nobody_is_left(strategy, tmp_path):
+    strategy.aggregate_fit(1, [update(weights(1))], [])
+    manager = server.PatientClientManager()
+    assert strategy.configure_evaluate(1, Parameters([], ""), manager) == []
+    model, history = server.resume(tmp_path / "model.pt")
+    np.testing.assert_array_equal(model["conv1.bias"].numpy(), weights(1)[1])
+    assert [(record["loss"], record["clients"]) for record in history] == [(None, 1)]
 
 
 def test_round_without_any_evaluation_is_in_the_history(strategy, tmp_path):
@@ -256,6 +306,8 @@ def edited_history(path):
         (lambda path: path.with_suffix(".json").write_text("[{"), "holds no history"),
         (lambda path: path.with_suffix(".json").write_text("7"), "is not the history of"),
         (lambda path: path.with_suffix(".json").write_text("[]"), "is not the history of"),
+        (lambda path: path.with_suffix(".json").write_text("{}"), "is not the history of"),
+        (lambda path: path.with_suffix(".json").write_text('[""]'), "is not the history of"),
     ],
 )
 def test_resume_refuses_what_is_no_pair_and_leaves_it_alone(tmp_path, damage, message):
@@ -292,10 +344,24 @@ def test_model_without_a_round_is_not_worth_keeping(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.json", "model.pt"]
 
 
-def test_what_is_no_model_of_ours_is_kept_too(tmp_path):
-    (tmp_path / "model.pt").write_bytes(b"thesis")
+@pytest.mark.parametrize("name", ["model.pt", "model.json"])
+@pytest.mark.parametrize("taken", ["model-1.pt", "model-1.json"])
+def test_what_is_not_ours_is_kept_too(tmp_path, name, taken):
+    (tmp_path / name).write_bytes(b"thesis")
+    (tmp_path / taken).write_bytes(b"draft")
     server.make_server(tmp_path / "model.pt")
-    assert (tmp_path / "model-1.pt").read_bytes() == b"thesis"
+    assert (tmp_path / name.replace("model", "model-2")).read_bytes() == b"thesis"
+    assert (tmp_path / taken).read_bytes() == b"draft"
+
+
+def test_empty_object_is_no_history(tmp_path):
+    """Even beside a model that has none to speak of."""
+    server.make_server(tmp_path / "model.pt")
+    (tmp_path / "model.json").write_text("{}")
+    with pytest.raises(cifar.UserError, match="is not the history of"):
+        server.make_server(tmp_path / "model.pt", resumed=True)
+    server.make_server(tmp_path / "model.pt")
+    assert (tmp_path / "model-1.json").read_text() == "{}"
 
 
 def test_model_path_is_checked_at_the_start(tmp_path):
@@ -306,6 +372,8 @@ def test_model_path_is_checked_at_the_start(tmp_path):
         server.make_server(tmp_path / "none" / "model.pt")
     with pytest.raises(cifar.UserError, match="Not a directory"):
         server.make_server(tmp_path / "file" / "model.pt")
+    with pytest.raises(cifar.UserError, match="File name too long"):
+        server.make_server(tmp_path / ("long" * 100))
     with pytest.raises(cifar.UserError, match="the history's name"):
         server.make_server(tmp_path / "model.json")
 
@@ -345,7 +413,8 @@ def test_reader_never_finds_half_a_model(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     strategy.aggregate_evaluate(2, [evaluation(accuracy=0.5)], [])
-    assert seen == [1, 2]
+    assert seen == [1, 1]
+    assert len(server.resume(path)[1]) == 2
 
 
 # Waiting.
