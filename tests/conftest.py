@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import os
 import pickle
@@ -115,6 +116,21 @@ def start(tmp_path):
     yield start_script
     for script in scripts:
         script.kill()
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Call a script's main() in this process: call("server", "--help"); return what it printed."""
+
+    def call_main(module: str, *arguments: object, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", [f"{module}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module(module).main()
+        assert stop.value.code == code
+        printed = capsys.readouterr()
+        return printed.out + printed.err
+
+    return call_main
 
 
 @pytest.fixture

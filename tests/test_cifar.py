@@ -386,10 +386,9 @@ def test_data_folder_that_cannot_be_made(start, cifar_copy):
     assert "Traceback" not in script.output
 
 
-def test_wrong_flags_are_argparses_errors(start):
-    script = start("cifar.py", "--epochs", "0")
-    assert script.end() == 2
-    assert "argument --epochs: 0 is not between 1 and" in script.output
+def test_wrong_flags_are_argparses_errors(call):
+    output = call("cifar", "--epochs", "0", code=2)
+    assert "argument --epochs: 0 is not between 1 and" in output
 
 
 def test_evaluate_needs_a_model(start):
@@ -398,7 +397,7 @@ def test_evaluate_needs_a_model(start):
     assert script.output == "Cannot read the model none.pt: No such file or directory.\n"
 
 
-def test_help_shows_every_default(start):
+def test_help_shows_every_default(call):
     expected = {
         "cifar.py": {"epochs": 2, "batch-size": 32, "lr": 0.001, "data-root": "~/data/cifar-10"}
         | {"synthetic": False, "seed": None, "threads": 1, "evaluate": None},
@@ -411,11 +410,9 @@ def test_help_shows_every_default(start):
         | {"num-partitions": 1, "alpha": None, "seed": None, "threads": 1}
         | {"root-certificates": None},
     }
-    scripts = {name: start(name, "--help") for name in expected}
-    for name, script in scripts.items():
-        assert script.end() == 0
+    for name, defaults in expected.items():
         flags = {}
-        for entry in script.output.split("\n  --")[1:]:
+        for entry in call(name.removesuffix(".py"), "--help").split("\n  --")[1:]:
             flag, _, text = entry.partition(" ")
             flags[flag] = re.search(r"\(default: (.*)\)", " ".join(text.split()))[1]
-        assert flags == {flag: str(default) for flag, default in expected[name].items()}
+        assert flags == {flag: str(default) for flag, default in defaults.items()}

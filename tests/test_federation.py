@@ -1,10 +1,12 @@
 """The three scripts as processes over gRPC, and whatever happens to one of them."""
 
+import importlib
 import json
 import os
 import re
 import signal
 import socket
+import sys
 import threading
 from pathlib import Path
 
@@ -114,7 +116,7 @@ def test_average_of_parts_is_the_accuracy_on_all_test_images(
 
 def test_seeds_make_a_run_repeatable(start_server, start_client, tmp_path):
     models = []
-    for run, seeds in enumerate([(1, 2), (2, 1), (1, 3)]):
+    for run, seeds in enumerate([(1, 2), (2, 1)]):
         server = start_server("--seed", 5, "--model", f"{run}.pt", "--rounds", 2)
         clients = []
         for seed in seeds:  # in this order: the second starts when the first has joined
@@ -122,8 +124,7 @@ def test_seeds_make_a_run_repeatable(start_server, start_client, tmp_path):
             clients[-1].until("Connected to the server")
         assert_done(server, *clients)
         models.append((tmp_path / f"{run}.pt").read_bytes())
-    assert models[0] == models[1], "whatever the order in which they join"
-    assert models[0] != models[2]
+    assert models[0] == models[1]
 
 
 def test_clients_wait_for_the_server(start_server, start_client):
@@ -192,7 +193,7 @@ def test_resume_has_nothing_to_do(start_server, start_client, tmp_path):
 
 
 def test_client_hangs(start_server, start_client, tmp_path):
-    server = start_server(*LONG, "--round-timeout", 12, "--min-clients", 1, "--rounds", 2)
+    server = start_server(*LONG, "--round-timeout", 7, "--min-clients", 1, "--rounds", 2)
     server.until("Waiting for 1 client")
     hanging = start_client()
     hanging.until("Training 40 epoch(s)")
@@ -334,55 +335,68 @@ def test_client_is_stopped_and_the_others_go_on(start_server, start_client, numb
 # What is wrong from the start.
 
 
-def test_wrong_starts_are_told_in_one_line(start, address, tmp_path):
-    (tmp_path / "junk").write_text("junk")
-    tls = ["--ssl-certfile", "none", "--ssl-keyfile", "none", "--ssl-ca-certfile"]
+@pytest.fixture
+def in_use():
+    """Return an address at which somebody listens."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        in_use = f"127.0.0.1:{taken.getsockname()[1]}"
-        wrong = {
-            ("server.py", "--server-address", in_use): "Address already in use",
-            ("server.py", "--server-address", "nohost.invalid:80"): "nohost.invalid is not known",
-            ("server.py", "--resume"): "Cannot read the model global_model.pt",
-            ("server.py", "--model", "/"): "/ is a folder",
-            ("server.py", "--model", "no/where.pt"): "Cannot write the model to no/where.pt",
-            ("server.py", *tls, "none"): "No TLS with none",
-            ("server.py", *tls, "junk"): "No TLS with junk",
-            ("client.py", "--server-address", "nohost.invalid:80"): "nohost.invalid is not known",
-            ("client.py", "--root-certificates", "none"): "No TLS with none: ",
-            ("client.py", "--root-certificates", "junk"): "No TLS with junk: ",
-        }
-        scripts = {(*command,): start(*command) for command in wrong}
-        for command, script in scripts.items():
-            assert script.end() == 1, command
-            assert wrong[command] in script.output, command
-            assert len(script.output.splitlines()) == 1, script.output
-    assert sorted(os.listdir(tmp_path)) == ["junk"]
+        yield f"127.0.0.1:{taken.getsockname()[1]}"
 
 
-def test_wrong_flags_are_argparses_errors(start):
-    wrong = {
-        ("server.py", "--server-address", "8080"): "argument --server-address: '8080' is not HOST",
-        ("server.py", "--rounds", "0"): "argument --rounds: 0 is not between",
-        ("server.py", "--round-timeout", "-1"): "argument --round-timeout: -1 is not between",
-        ("server.py", "--ssl-keyfile", "key"): "--ssl-ca-certfile go together",
-        ("client.py", "--server-address", "x:y"): "argument --server-address: 'x:y' is not HOST",
-        (
-            "client.py",
-            "--partition-id",
-            "2",
-            "--num-partitions",
-            "2",
-        ): "--partition-id must be below",
-        ("client.py", "--alpha", "0"): "argument --alpha: 0 is not between",
-        ("client.py", "--lr", "1"): "unrecognized arguments: --lr 1",
+def test_wrong_start_is_told_in_one_line(start, in_use):
+    scripts = {
+        start("server.py", "--server-address", in_use): "Address already in use",
+        start("client.py", "--root-certificates", "none"): "No TLS with none: ",
     }
-    scripts = {command: start(*command) for command in wrong}
-    for command, script in scripts.items():
-        assert script.end() == 2, command
-        assert wrong[command] in script.output, command
-        assert "Traceback" not in script.output
+    for script, reason in scripts.items():
+        assert script.end() == 1
+        assert reason in script.output
+        assert len(script.output.splitlines()) == 1, script.output
+
+
+TLS = ["--ssl-certfile", "none", "--ssl-keyfile", "none", "--ssl-ca-certfile"]
+WRONG_STARTS = {
+    ("server", "--server-address", "nohost.invalid:80"): "nohost.invalid is not known",
+    ("server", "--resume"): "Cannot read the model global_model.pt",
+    ("server", "--model", "/"): "/ is a folder",
+    ("server", "--model", "no/where.pt"): "Cannot write the model to no/where.pt",
+    ("server", *TLS, "none"): "No TLS with none",
+    ("server", *TLS, "junk"): "No TLS with junk",
+    ("client", "--server-address", "nohost.invalid:80"): "nohost.invalid is not known",
+    ("client", "--root-certificates", "junk"): "No TLS with junk: ",
+}
+
+
+@pytest.mark.parametrize("command", WRONG_STARTS)
+def test_wrong_start_is_an_error_for_the_user(monkeypatch, tmp_path, address, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "junk").write_text("junk")
+    module, *arguments = command
+    if "--server-address" not in arguments:
+        arguments += ["--server-address", address]
+    monkeypatch.setattr(sys, "argv", [f"{module}.py", *arguments])
+    with pytest.raises(cifar.UserError, match=re.escape(WRONG_STARTS[command])) as error:
+        importlib.import_module(module).main()
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == ["junk"]
+
+
+WRONG_FLAGS = {
+    ("server", "--server-address", "8080"): "argument --server-address: '8080' is not HOST",
+    ("server", "--rounds", "0"): "argument --rounds: 0 is not between",
+    ("server", "--round-timeout", "-1"): "argument --round-timeout: -1 is not between",
+    ("server", "--ssl-keyfile", "key"): "--ssl-ca-certfile go together",
+    ("client", "--server-address", "x:y"): "argument --server-address: 'x:y' is not HOST",
+    ("client", "--partition-id", "2", "--num-partitions", "2"): "--partition-id must be below",
+    ("client", "--alpha", "0"): "argument --alpha: 0 is not between",
+    ("client", "--lr", "1"): "unrecognized arguments: --lr 1",
+}
+
+
+@pytest.mark.parametrize("command", WRONG_FLAGS)
+def test_wrong_flags_are_argparses_errors(call, command):
+    assert WRONG_FLAGS[command] in call(*command, code=2)
 
 
 def test_old_model_is_kept(start_server, start_client, tmp_path):

@@ -37,14 +37,12 @@ def free_ports(count: int) -> list[str]:
     return ports
 
 
-@pytest.mark.parametrize("script", ["cifar.py", "server.py", "client.py"])
-def test_every_flag_is_in_the_readme(start, script):
-    process = start(script, "--help")
-    assert process.end() == 0
-    flags = set(re.findall(r"--[a-z][a-z-]+", process.output.partition("options:")[2])) - {"--help"}
-    table = README[README.index(f"| {script} | default") :].partition("\n\n")[0]
+@pytest.mark.parametrize("script", ["cifar", "server", "client"])
+def test_every_flag_is_in_the_readme(call, script):
+    flags = set(re.findall(r"--[a-z][a-z-]+", call(script, "--help").partition("options:")[2]))
+    table = README[README.index(f"| {script}.py | default") :].partition("\n\n")[0]
     rows = {flag for row in table.splitlines() for flag in re.findall("--[a-z][a-z-]+", row[:70])}
-    assert flags == rows
+    assert flags - {"--help"} == rows
 
 
 # TLS.
@@ -179,5 +177,7 @@ def test_example_runs_as_written(tmp_path, start, address, small_cifar):
     torch.manual_seed(1)
     first = cifar.Net().state_dict()["fc3.bias"]
     last = cifar.load_model(tmp_path / "global_model.pt")["fc3.bias"]
-    # Adam's first step is as long for every weight: eta, which FedAvg's never is.
-    torch.testing.assert_close((last - first).abs(), torch.full((10,), 0.02), rtol=0.01, atol=0)
+    # Adam's first step is equally long for every weight, which FedAvg's never is.
+    steps = (last - first).abs()
+    torch.testing.assert_close(steps, steps.mean().expand(10), rtol=0.01, atol=0)
+    assert 0.01 < steps.mean() <= 0.02
