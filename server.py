@@ -524,3 +524,5 @@ if __name__ == "__main__":
         main()
     except cifar.UserError as error:
         sys.exit(str(error))
+    sys.stdout.flush()
+    os._exit(0)  # Python would take a second to clear PyTorch away

@@ -10,6 +10,7 @@ Uses CIFAR-10 where it is there, else generated images of the same number and si
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import socket
@@ -410,7 +411,8 @@ def bench_federation(repetitions: int) -> None:
         if function == "plain_client":  # which does not wait for the server
             import client
 
-            client.wait_for_server(address, 60, None)
+            with contextlib.redirect_stdout(None):
+                client.wait_for_server(address, 60, None)
         processes += [own(function, address, **env) for _ in range(2)]
         for process in processes:
             process.wait()
@@ -470,7 +472,8 @@ def bench_clients(repetitions: int) -> None:
             )
             own("light_clients", address, count).wait()
             output = server.wait()
-        seconds = [float(text) for text in re.findall(r"clients, ([\d.]+) s", output)]
+            history = json.loads((Path(folder) / "model.json").read_text())
+        seconds = [record["seconds"] for record in history]
         failures = sum(int(text) for text in re.findall(r"(\d+) clients? dropped out", output))
         answered = output.count(f", {count} clients, ")
         print(
