@@ -1,6 +1,6 @@
 """Measure this project against the plain pipeline: how fast, how large, how many clients.
 
-    python3 tests/benchmark.py                     # everything, about 20 minutes
+    python3 tests/benchmark.py                     # everything, 10 to 20 minutes
     python3 tests/benchmark.py batch train test    # only these rows
 
 The plain pipeline decodes and normalizes one image at a time, as torchvision's own examples do,
