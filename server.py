@@ -325,8 +325,10 @@ class PatientClientManager(SimpleClientManager):
         criterion: Criterion | None = None,
     ) -> list[ClientProxy]:
         """Wait, then return up to `num_clients`; Flower's own returns none if one just left."""
-        self.wait_for(min_num_clients or num_clients)
-        clients = list(self.all().values())
+        clients: list[ClientProxy] = []
+        while len(clients) < (min_num_clients or num_clients):
+            self.wait_for(min_num_clients or num_clients)
+            clients = list(self.all().values())
         return random.sample(clients, min(num_clients, len(clients)))
 
     def all(self) -> dict[str, ClientProxy]:
