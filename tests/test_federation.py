@@ -265,22 +265,22 @@ def test_bad_results_are_refused(start_server, join, tmp_path):
 
 
 def test_server_takes_anything_at_its_port(start_server, join, address):
-    """Bytes that are no gRPC, a stream that ends at once, an answer to another question."""
-    server = start_server("--min-clients", 2, "--rounds", 1)
-    server.until("Waiting for 2 clients: 0")
+    """Bytes that are no gRPC, a client that ends its stream, an answer to another question."""
+    server = start_server("--min-clients", 3, "--rounds", 1)
+    server.until("Waiting for 3 clients: 0")
     host, port = address.split(":")
     for junk in (b"GET / HTTP/1.1\r\n\r\n", bytes(range(256)) * 40, b""):
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(junk)
     with grpc.insecure_channel(address) as channel:
         stub = FlowerServiceStub(channel)
-        list_of_none = stub.Join(iter([]))
-        list_of_none.cancel()
-        answers = iter([ClientMessage(evaluate_res=ClientMessage.EvaluateRes(loss=7))])
-        wrong = stub.Join(answers)
+        silent = stub.Join(iter([]))
+        wrong = stub.Join(iter([ClientMessage(evaluate_res=ClientMessage.EvaluateRes(loss=7))]))
         join(Learner().to_client())
         assert next(wrong).WhichOneof("msg") == "fit_ins"
+        assert next(silent).WhichOneof("msg") == "fit_ins"
         server.until("refused: trained on 0 examples")
+        server.until("1 client dropped out")
     assert_done(server)
 
 
