@@ -382,10 +382,9 @@ def save(path: Path, model: dict[str, np.ndarray], history: History) -> None:
     """
     state_dict = OrderedDict((name, torch.from_numpy(value)) for name, value in model.items())
     # The model carries its history, where PyTorch keeps a state_dict's version: a server that is
-    # killed between the two files can resume, and a history of another model is found out. But not
-    # the seconds, so that the same run gives the same file.
-    kept = [{**record, "seconds": None} for record in history]
-    state_dict._metadata = {"": {"history": kept}}  # type: ignore[attr-defined]
+    # killed between the two files can resume, and a history of another model is found out.
+    kept = {"": {"history": without_seconds(history)}}
+    state_dict._metadata = kept  # type: ignore[attr-defined]
     buffer = io.BytesIO()
     torch.save(state_dict, buffer)
     files = {
@@ -408,6 +407,11 @@ def save(path: Path, model: dict[str, np.ndarray], history: History) -> None:
         raise
 
 
+def without_seconds(history: History) -> History:
+    """Return what the model's file says of the rounds: the same for every run with the same seeds."""
+    return [{**record, "seconds": None} for record in history]
+
+
 def resume(path: Path) -> tuple[dict[str, torch.Tensor], History]:
     """Read what save() wrote; raises UserError where model and history are not a pair."""
     model = cifar.load_model(path)
@@ -423,7 +427,7 @@ def resume(path: Path) -> tuple[dict[str, torch.Tensor], History]:
     kept = getattr(model, "_metadata", {}).get("", {}).get("history")
     known = None
     if isinstance(history, list) and all(isinstance(record, dict) for record in history):
-        known = [{**record, "seconds": None} for record in history]
+        known = without_seconds(history)
     # The model is renamed first, so it may know of one round more.
     if not isinstance(kept, list) or known not in (kept, kept[:-1]):
         raise cifar.UserError(f"{history_path} is not the history of {path}.")
@@ -439,11 +443,12 @@ def move_aside(path: Path) -> None:
         if not resume(path)[1]:
             return  # a run that ended before its first round: there is nothing to keep
     number = 1
-    while any((old := file.with_stem(f"{file.stem}-{number}")).exists() for file in pair):
+    while any(file.with_stem(f"{path.stem}-{number}").exists() for file in pair):
         number += 1
     for file in pair:
         with contextlib.suppress(FileNotFoundError):
-            old = file.rename(file.with_stem(f"{file.stem}-{number}"))
+            file.rename(file.with_stem(f"{path.stem}-{number}"))
+    old = path.with_stem(f"{path.stem}-{number}")
     print(f"{path} of an earlier run is kept as {old} (--resume would have gone on with it)")
 
 
@@ -471,7 +476,7 @@ def read_certificates(ca: Path, certificate: Path, key: Path) -> tuple[bytes, by
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=ca)
         context.load_cert_chain(certificate, key, password="")
         return ca.read_bytes(), certificate.read_bytes(), key.read_bytes()
-    except (OSError, ssl.SSLError) as error:
+    except OSError as error:  # ssl.SSLError is one
         files = ", ".join(map(str, (ca, certificate, key)))
         raise cifar.UserError(f"No TLS with {files}: {error}.") from error
 
