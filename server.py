@@ -281,7 +281,7 @@ def main() -> None:
         logging.getLogger("flwr").addFilter(
             lambda record: "start_server() is deprecated" not in record.getMessage()
         )
-        allow_keep_alive()
+        mend_grpc()
         try:
             fl.server.start_server(
                 server_address=args.server_address,
@@ -334,6 +334,44 @@ class PatientClientManager(SimpleClientManager):
     def all(self) -> dict[str, ClientProxy]:
         """Return the connected clients, copied: they come and go at any time."""
         return dict(self.clients)
+
+
+class EndedCalls(grpc.ServerInterceptor):
+    """Sees to it that Flower is told of the end of a call that ended before it asked to be told.
+
+    gRPC returns False then. Flower does not look, and would keep a client that left in the instant
+    in which it joined, and wait for it in every round.
+    """
+
+    def intercept_service(
+        self, continuation: Callable[..., Any], handler_call_details: grpc.HandlerCallDetails
+    ) -> Any:
+        """Return the handler of a call, here of Flower's Join."""
+        handler = continuation(handler_call_details)
+        if not handler or not handler.stream_stream:
+            return handler
+
+        def join(messages: Any, context: grpc.ServicerContext) -> Any:
+            add = context.add_callback
+            context.add_callback = lambda callback: add(callback) or callback()
+            return handler.stream_stream(messages, context)
+
+        return grpc.stream_stream_rpc_method_handler(
+            join, handler.request_deserializer, handler.response_serializer
+        )
+
+
+def mend_grpc() -> None:
+    """Have the server that Flower makes notice who leaves, and allow client.py's signs of life."""
+    create = grpc.server
+    # gRPC would turn away a client that asks for one more often than every 5 minutes.
+    option = ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000)
+
+    def server(*args: Any, options: Any, interceptors: Any = None, **kwargs: Any) -> grpc.Server:
+        interceptors = [EndedCalls(), *(interceptors or ())]
+        return create(*args, options=[*options, option], interceptors=interceptors, **kwargs)
+
+    grpc.server = server
 
 
 def bad_update(update: FitRes, model: dict[str, np.ndarray]) -> str:
@@ -479,17 +517,6 @@ def read_certificates(ca: Path, certificate: Path, key: Path) -> tuple[bytes, by
     except OSError as error:  # ssl.SSLError is one
         files = ", ".join(map(str, (ca, certificate, key)))
         raise cifar.UserError(f"No TLS with {files}: {error}.") from error
-
-
-def allow_keep_alive() -> None:
-    """Let clients ask for a sign of life as often as client.py does; gRPC would turn them away."""
-    create = grpc.server
-
-    def server(*args: Any, options: list[tuple[str, int]], **kwargs: Any) -> grpc.Server:
-        option = ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000)
-        return create(*args, options=[*options, option], **kwargs)
-
-    grpc.server = server
 
 
 def plural(clients: int) -> str:

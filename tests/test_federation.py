@@ -17,7 +17,13 @@ import pytest
 import torch
 from flwr.common import Code, EvaluateRes, FitRes, Parameters, Status
 from flwr.proto.transport_pb2 import ClientMessage
-from flwr.proto.transport_pb2_grpc import FlowerServiceStub
+from flwr.proto.transport_pb2_grpc import (
+    FlowerServiceStub,
+    add_FlowerServiceServicer_to_server,
+)
+from flwr.server import SimpleClientManager
+from flwr.server.superlink.fleet.grpc_bidi.flower_service_servicer import FlowerServiceServicer
+from flwr.supercore.grpc import generic_create_grpc_server
 
 import cifar
 
@@ -282,6 +288,35 @@ def test_server_takes_anything_at_its_port(start_server, join, address):
         server.until("refused: trained on 0 examples")
         server.until("1 client dropped out")
     assert_done(server)
+
+
+def test_client_that_leaves_while_it_joins_is_not_waited_for(address, monkeypatch):
+    """Its call is over before Flower asks to be told of that."""
+    monkeypatch.setattr(grpc, "server", grpc.server)
+    importlib.import_module("server").mend_grpc()
+    manager = SimpleClientManager()
+    joined, left = threading.Event(), threading.Event()
+
+    class Slow(FlowerServiceServicer):
+        def Join(self, request_iterator, context):
+            joined.set()
+            over = threading.Event()
+            context.add_callback(over.set)
+            assert over.wait(30)
+            yield from super().Join(request_iterator, context)
+            left.set()
+
+    serving = generic_create_grpc_server(
+        (Slow(manager), add_FlowerServiceServicer_to_server), address
+    )
+    serving.start()
+    with grpc.insecure_channel(address) as channel:
+        call = FlowerServiceStub(channel).Join(iter([]))
+        assert joined.wait(30)
+        call.cancel()
+        assert left.wait(30)
+    assert manager.num_available() == 0
+    serving.stop(None).wait()
 
 
 def test_client_fails_in_its_own_training(start, start_server, start_client, address, tmp_path):

@@ -187,12 +187,21 @@ def test_what_a_client_says_of_itself_cannot_spoil_the_log(strategy, capsys):
 
 
 def test_average_that_overflows_leaves_the_model(strategy, monkeypatch, capsys):
-    before = dict(strategy.model)
-    huge = ndarrays_to_parameters([value.astype(float) * 1e300 for value in weights()])
-    monkeypatch.setattr(FedAvg, "aggregate_fit", lambda *args: (huge, {}))
-    with np.errstate(over="ignore"):
-        assert strategy.aggregate_fit(1, [update(weights())], [])[0] is None
-    assert strategy.model == before and "NaN or infinity in the average" in capsys.readouterr().out
+    manager = server.PatientClientManager()
+    manager.register(Client("a"))
+    manager.register(Client("b"))
+    finite, huge = weights(1), [value.astype(float) * 1e300 for value in weights()]
+    for averages in (finite, huge):
+        parameters = ndarrays_to_parameters(averages)
+        monkeypatch.setattr(FedAvg, "aggregate_fit", lambda *args, given=parameters: (given, {}))
+        strategy.configure_fit(1, strategy.initial_parameters, manager)
+        with np.errstate(over="ignore"):
+            aggregated, _ = strategy.aggregate_fit(1, [update(weights())], [])
+        strategy.aggregate_evaluate(1, [evaluation(accuracy=0.5)], [])
+    assert aggregated is None and "NaN or infinity in the average" in capsys.readouterr().out
+    for kept, value in zip(strategy.model.values(), finite):
+        np.testing.assert_array_equal(kept, value)
+    assert [record["clients"] for record in strategy.history] == [1, 0]
 
 
 def test_round_ends_without_a_test_if_nobody_is_left(strategy, tmp_path):
