@@ -1,6 +1,6 @@
 """Measure this project against the plain pipeline: how fast, how large, how many clients.
 
-    python3 tests/benchmark.py                     # everything, 10 to 20 minutes
+    python3 tests/benchmark.py                     # everything, 15 to 30 minutes
     python3 tests/benchmark.py batch train test    # only these rows
 
 The plain pipeline decodes and normalizes one image at a time, as torchvision's own examples do,
@@ -10,6 +10,7 @@ Uses CIFAR-10 where it is there, else generated images of the same number and si
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import re
@@ -28,9 +29,10 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms  # type: ignore[import-untyped]
 
 import cifar
@@ -40,6 +42,18 @@ Times = dict[str, list[float]]
 
 
 # The two pipelines.
+
+
+class PlainNet(cifar.Net):
+    """The network as most write it, ReLU before pooling: the same numbers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.pool(F.relu(self.conv1(x)))
+        x = self.pool(F.relu(self.conv2(x)))
+        x = x.view(-1, 16 * 5 * 5)
+        x = F.relu(self.fc1(x))
+        x = F.relu(self.fc2(x))
+        return self.fc3(x)
 
 
 class PlainImages(Dataset):
@@ -97,15 +111,13 @@ def plain_loaders() -> tuple[DataLoader, DataLoader]:
     return DataLoader(trainset, 32, shuffle=True), DataLoader(testset, 32)
 
 
-def plain_train(net: nn.Module, trainloader: DataLoader, batches: int | None = None) -> None:
-    """Run one epoch, or the first batches of it, of plain optimizer steps."""
+def plain_train(net: nn.Module, trainloader: DataLoader) -> None:
+    """Run one epoch of plain optimizer steps."""
     print(f"Training 1 epoch(s) w/ {len(trainloader)} batches each", flush=True)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.001, momentum=0.9)
     running_loss = 0.0
-    for i, data in enumerate(trainloader):
-        if i == batches:
-            break
+    for data in trainloader:
         images, labels = data[0].to(DEVICE), data[1].to(DEVICE)
         optimizer.zero_grad()
         loss = criterion(net(images), labels)
@@ -127,10 +139,10 @@ def plain_server(address: str, rounds: str) -> None:
 
 
 def plain_client(address: str) -> None:
-    """Take part with the plain pipeline; without an address, only report its memory."""
+    """Take part with the plain pipeline."""
     import flwr
 
-    net = cifar.Net().to(DEVICE)
+    net = PlainNet().to(DEVICE)
     trainloader, testloader = plain_loaders()
 
     class PlainClient(flwr.client.NumPyClient):
@@ -156,15 +168,12 @@ def plain_client(address: str) -> None:
                     correct += (outputs.argmax(1).cpu() == labels).sum().item()
             return loss, len(testloader.dataset), {"accuracy": correct / len(testloader.dataset)}
 
-    if address:
-        flwr.client.start_client(server_address=address, client=PlainClient().to_client())
-    else:
-        plain_train(net, trainloader, batches=100)
-        print(f"memory {peak_memory():.0f}")
+    flwr.client.start_client(server_address=address, client=PlainClient().to_client())
 
 
 def our_client(address: str) -> None:
     """Take part as client.py does, and print when each phase begins and ends."""
+    gc.set_threshold(50_000)
     import client
 
     torch.set_num_threads(1)
@@ -185,12 +194,7 @@ def our_client(address: str) -> None:
             return result
 
     timed = TimedClient(cifar.Net().to(DEVICE), trainloader, testloader, num_examples)
-    if address:
-        client.run(timed, address, 60, None)
-    else:
-        some = Subset(trainloader.dataset, range(3200))
-        cifar.train(timed.model, DataLoader(some, 32, collate_fn=tuple), 1, DEVICE)
-        print(f"memory {peak_memory():.0f}")
+    client.run(timed, address, 60, None)
 
 
 def light_clients(address: str, count: str) -> None:
@@ -220,7 +224,7 @@ def light_clients(address: str, count: str) -> None:
         thread.join()
 
 
-def peak_memory(process: int | str = "self") -> float:
+def peak_memory(process: int) -> float:
     """Return the largest memory a process has had so far, in MiB (Linux only).
 
     Not getrusage(), which starts a process off with the memory of the one that started it.
@@ -332,18 +336,18 @@ def bench_train(repetitions: int) -> None:
     floats = [(images.contiguous().to(DEVICE), y.to(DEVICE)) for images, y in trainloader]
     times: Times = {}
     for repetition in range(repetitions + 1):
-        net = cifar.Net().to(DEVICE)
+        net, plain_net = cifar.Net().to(DEVICE), PlainNet().to(DEVICE)
         state = {name: value.clone() for name, value in net.state_dict().items()}
         record: Times = times if repetition else {}  # the first is to warm up
         with contextlib.redirect_stdout(None):
             with timed(record, "ours"):
                 cifar.train(net, trainloader, 1, DEVICE)
-            net.load_state_dict(state)
+            plain_net.load_state_dict(state)
             with timed(record, "a bare loop over floats"):
-                plain_train(net, floats)  # type: ignore[arg-type]
-            net.load_state_dict(state)
+                plain_train(plain_net, floats)  # type: ignore[arg-type]
+            plain_net.load_state_dict(state)
             with timed(record, "the plain pipeline"):
-                plain_train(net, plainloader)
+                plain_train(plain_net, plainloader)
     where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "1 thread"
     show(f"an epoch of train(), {where}", times, "ours", "a bare loop over floats")
     show("", times, "ours", "the plain pipeline")
@@ -366,16 +370,6 @@ def bench_test(repetitions: int) -> None:
     show("testing 10,000 images, 1 thread", times, "ours", fastest)
 
 
-def bench_memory(repetitions: int) -> None:
-    """Compare what a client's process needs at most."""
-    sizes: Times = {}
-    for _ in range(repetitions):
-        for name, function in (("ours", "our_client"), ("the plain client", "plain_client")):
-            output = own(function, "").wait()
-            sizes.setdefault(name, []).append(float(output.rpartition("memory ")[2]))
-    show("peak memory of a client", sizes, "ours", "the plain client", "MiB")
-
-
 def bench_alone(repetitions: int) -> None:
     """Time cifar.py as a whole, with one thread and with as many as it takes by itself."""
     if not there():
@@ -393,7 +387,7 @@ def bench_alone(repetitions: int) -> None:
 
 def plain_alone() -> None:
     """Train and test alone, as the plain pipeline does."""
-    net = cifar.Net().to(DEVICE)
+    net = PlainNet().to(DEVICE)
     trainloader, testloader = plain_loaders()
     plain_train(net, trainloader)
     plain_train(net, trainloader)
@@ -418,12 +412,14 @@ def bench_federation(repetitions: int) -> None:
             process.wait()
         start = min(client.when("Training 1 epoch") for client in processes[1:])
         times.setdefault(name, []).append(processes[0].ended - start)
+        sizes.setdefault(name, []).append(max(client.memory for client in processes[1:]))
         return processes
 
     times: Times = {}
+    sizes: Times = {}  # MiB
     gaps: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        for repetition in range(repetitions):
+        for _ in range(repetitions):
             name = "ours"
             _, *clients = federate(
                 lambda address: Process(
@@ -437,11 +433,11 @@ def bench_federation(repetitions: int) -> None:
             federate(
                 lambda address: own("plain_server", address, 3), "plain_client", OMP_NUM_THREADS="1"
             )
-            if repetition == 0:  # it takes minutes
-                name = "plain"
-                federate(lambda address: own("plain_server", address, 3), "plain_client")
+            name = "plain"  # it takes minutes
+            federate(lambda address: own("plain_server", address, 3), "plain_client")
     show("2 clients, 3 rounds", times, "ours", "plain, OMP_NUM_THREADS=1")
     show("", times, "ours", "plain")
+    show("peak memory of a client", sizes, "ours", "plain, OMP_NUM_THREADS=1", "MiB")
     gap = statistics.median(gaps)
     print(f"{'neither training nor testing':<36} {gap:.3f} s a round (longest {max(gaps):.3f} s)")
 
@@ -488,7 +484,6 @@ ROWS = {
     "batch": bench_batch,
     "train": bench_train,
     "test": bench_test,
-    "memory": bench_memory,
     "alone": bench_alone,
     "federation": bench_federation,
     "clients": bench_clients,
