@@ -265,6 +265,7 @@ def read(root: Path) -> tuple[Labelled, Labelled]:
             if i == 0:  # all files are of one length, and no image is to be in memory twice
                 images = torch.empty(len(files), len(entry["labels"]), 32, 32, 3, dtype=torch.uint8)
                 labels = np.empty(images.shape[:2], dtype=np.int64)
+            # PyTorch reorders the images in less time than NumPy.
             planes = torch.from_numpy(entry["data"]).view(-1, 3, 32, 32)
             images[i] = planes.permute(0, 2, 3, 1)
             labels[i] = entry["labels"]
@@ -379,6 +380,16 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=number(int, 0), help="make the run repeatable; without it, each run differs")
 
 
+def run_main(main: Callable[[], None]) -> None:
+    """Run a script's main() and end the process; a UserError is printed, with exit code 1."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))
+    sys.stdout.flush()
+    os._exit(0)  # Python would take a second to clear PyTorch away
+
+
 def number(kind: type, low: float, high: float = 2**31 - 1) -> Callable[[str], Any]:
     """Return an argparse type for an int or a float from `low` to `high`, both included."""
 
@@ -410,9 +421,4 @@ def resolve(address: str) -> list[tuple[Any, ...]]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(str(error))
-    sys.stdout.flush()
-    os._exit(0)  # Python would take a second to clear PyTorch away
+    run_main(main)

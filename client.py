@@ -10,7 +10,7 @@ import signal
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: end at once, in the imports too
-    gc.set_threshold(50_000)  # PyTorch is imported half a second faster
+    gc.set_threshold(50_000)  # imports faster by half a second; more would cost memory
 
 import argparse
 import functools
@@ -18,7 +18,6 @@ import logging
 import os
 import platform
 import ssl
-import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -302,9 +301,4 @@ app = ClientApp(client_fn=client_fn)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except cifar.UserError as error:
-        sys.exit(str(error))
-    sys.stdout.flush()
-    os._exit(0)  # Python would take a second to clear PyTorch away
+    cifar.run_main(main)

@@ -429,12 +429,11 @@ def bench_federation(repetitions: int) -> None:
                 "our_client",
             )
             gaps += idle(clients)
-            name = "plain, OMP_NUM_THREADS=1"
-            federate(
-                lambda address: own("plain_server", address, 3), "plain_client", OMP_NUM_THREADS="1"
-            )
-            name = "plain"  # it takes minutes
-            federate(lambda address: own("plain_server", address, 3), "plain_client")
+            for name, env in (
+                ("plain, OMP_NUM_THREADS=1", {"OMP_NUM_THREADS": "1"}),
+                ("plain", {}),  # it takes minutes
+            ):
+                federate(lambda address: own("plain_server", address, 3), "plain_client", **env)
     show("2 clients, 3 rounds", times, "ours", "plain, OMP_NUM_THREADS=1")
     show("", times, "ours", "plain")
     show("peak memory of a client", sizes, "ours", "plain, OMP_NUM_THREADS=1", "MiB")
