@@ -1,558 +1,386 @@
 """The federation's server: averages what the clients learned, and never sees an image.
 
-python3 server.py                          # 3 rounds with 2 clients on this machine
-python3 server.py --rounds 10 --resume     # go on where a run ended or was stopped
-python3 server.py --help                   # every setting
+python3 server.py --rounds 10 --resume    # without --resume: a new run
 """
-
-import gc
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: end at once, in the imports too
-    gc.set_threshold(50_000)  # imports faster by half a second; more would cost memory
 
 import argparse
 import contextlib
+import copy
+import functools
 import io
 import ipaddress
 import json
-import logging
 import os
-import random
+import shutil
 import socket
 import ssl
 import sys
 import time
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Flower reads these as it is imported: it reports nothing to its maker, and leaves the talking to
-# the lines printed here. A setting of the user's own wins.
+# Flower reads these at its import: no reports to its maker, no words but those printed here.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-os.environ.setdefault("FLWR_LOG_LEVEL", "WARNING")
+os.environ.setdefault("FLWR_LOG_LEVEL", "CRITICAL")
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import flwr as fl
-import grpc  # type: ignore[import-untyped]
 import numpy as np
 import torch
-from flwr.common import (
-    Code,
-    Context,
-    EvaluateIns,
-    EvaluateRes,
-    FitIns,
-    FitRes,
-    Parameters,
-    Scalar,
-    ndarrays_to_parameters,
-    parameters_to_ndarrays,
-)
-from flwr.server import Server, ServerApp, ServerAppComponents, ServerConfig, SimpleClientManager
-from flwr.server.client_manager import ClientManager
-from flwr.server.client_proxy import ClientProxy
-from flwr.server.criterion import Criterion
+from filelock import FileLock, Timeout
+from flwr.common import EvaluateRes, FitRes, Metrics, Parameters
+from flwr.common.args import try_obtain_server_certificates
+from flwr.server import SimpleClientManager
+from flwr.server.server import evaluate_clients, fit_clients
+from flwr.server.strategy.aggregate import weighted_loss_avg
+from grpc import _server
 
 import cifar
 
-History = list[dict[str, Any]]  # one dict a round: round, loss, accuracy, clients, seconds
+
+def make_strategy(parameters: Parameters, config: Metrics) -> fl.server.strategy.Strategy:
+    """Return how the clients' models become one: any strategy of Flower's, or a wrapper around it."""
+    return fl.server.strategy.FedAvg(
+        min_fit_clients=1,  # run_round() waits for enough clients, and whoever is there takes part
+        min_evaluate_clients=1,
+        min_available_clients=1,
+        initial_parameters=parameters,
+        on_fit_config_fn=lambda server_round: config,
+        evaluate_metrics_aggregation_fn=average_accuracy,
+    )
 
 
-class CifarStrategy(fl.server.strategy.FedAvg):
-    """FedAvg that says what happens, refuses bad results, and keeps the model after every round.
+class CifarServer(fl.server.Server):
+    """Flower server that says what happens in its rounds, and keeps the model after each."""
 
-    `model` is the state_dict to start from, `history` the rounds behind it, `path` where both are
-    kept, `rounds` how many there are to be in all, `fit_config` what each fit() is told.
-    """
-
-    def __init__(
-        self,
-        model: dict[str, torch.Tensor],
-        history: History,
-        path: Path,
-        rounds: int,
-        min_clients: int,
-        fit_config: dict[str, Scalar],
-    ) -> None:
-        self.model = {name: value.numpy() for name, value in model.items()}
-        self.history, self.path, self.rounds = history, path, rounds
-        self.clients, self.started, self.saved = 0, 0.0, True
-        super().__init__(
-            min_fit_clients=min_clients,
-            min_available_clients=min_clients,
-            min_evaluate_clients=1,
-            initial_parameters=ndarrays_to_parameters(list(self.model.values())),
-            on_fit_config_fn=lambda _: fit_config,
-            fit_metrics_aggregation_fn=lambda _: {},
-            evaluate_metrics_aggregation_fn=average_accuracy,
-        )
-
-    def log(self, message: str) -> None:
-        """Say what happens in the round that is running."""
-        print(f"Round {len(self.history) + 1}/{self.rounds}: {message}", flush=True)
-
-    def configure_fit(
-        self, server_round: int, parameters: Parameters, client_manager: ClientManager
-    ) -> list[tuple[ClientProxy, FitIns]]:
-        """Wait for enough clients, then start a round with all of them."""
-        client_manager.wait_for(self.min_available_clients, timeout=0)
-        instructions = super().configure_fit(server_round, parameters, client_manager)
-        self.clients, self.started = 0, time.monotonic()
-        self.log(f"training on {plural(len(instructions))}")
-        return instructions
-
-    def aggregate_fit(
-        self,
-        server_round: int,
-        results: list[tuple[ClientProxy, FitRes]],
-        failures: list[Any],
-    ) -> tuple[Parameters | None, dict[str, Scalar]]:
-        """Average the updates that fit the model; where there is none, the model stays."""
-        accepted = self.accept(results, failures, lambda update: bad_update(update, self.model))
-        # A sum of floats depends on their order, but must not on who answers first; likewise below.
-        accepted.sort(key=lambda result: result[1].parameters.tensors)
-        parameters, metrics = super().aggregate_fit(server_round, accepted, [])
-        if parameters is not None:
-            # FedAdam and its like give float64, and can overflow.
-            averages = [
-                new.astype(old.dtype)
-                for new, old in zip(parameters_to_ndarrays(parameters), self.model.values())
-            ]
-            if not all(np.isfinite(average).all() for average in averages):
-                self.log("NaN or infinity in the average, the model stays as it was")
-                return None, metrics
-            self.model = dict(zip(self.model, averages))
-            parameters = ndarrays_to_parameters(averages)
-        self.clients = len(accepted)
-        return parameters, metrics
-
-    def configure_evaluate(
-        self, server_round: int, parameters: Parameters, client_manager: ClientManager
-    ) -> list[tuple[ClientProxy, EvaluateIns]]:
-        """Test on whoever is there; with nobody, the round ends here, so that its model is kept."""
-        if client_manager.num_available() == 0:
-            self.aggregate_evaluate(server_round, [], [])
-            return []
-        return super().configure_evaluate(server_round, parameters, client_manager)
-
-    def num_evaluation_clients(self, num_available_clients: int) -> tuple[int, int]:
-        """Return how many clients test, and how many are enough: unlike for training, one."""
-        return super().num_evaluation_clients(num_available_clients)[0], 1
-
-    def aggregate_evaluate(
-        self,
-        server_round: int,
-        results: list[tuple[ClientProxy, EvaluateRes]],
-        failures: list[Any],
-    ) -> tuple[float | None, dict[str, Scalar]]:
-        """Average loss and accuracy over all clients' test images; keep model and history."""
-        accepted = self.accept(results, failures, bad_evaluation)
-        accepted.sort(key=lambda result: (result[1].loss, result[1].num_examples))
-        loss, metrics = super().aggregate_evaluate(server_round, accepted, [])
-        record = {
-            "round": len(self.history) + 1,
-            "loss": loss,
-            "accuracy": metrics.get("accuracy"),
-            "clients": self.clients,
-            "seconds": round(time.monotonic() - self.started, 3),
-        }
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.lock = FileLock(args.model.with_suffix(".lock"))  # freed however this process ends
         try:
-            save(self.path, self.model, [*self.history, record])
-            self.saved = True
-        except OSError as error:
-            print(f"Cannot write {self.path}: {error.strerror}. It stays as it was.", flush=True)
-            self.saved = False
-        _, loss_text, accuracy_text, _, seconds = row(record)
-        self.log(f"loss {loss_text}, accuracy {accuracy_text}, {plural(self.clients)}, {seconds} s")
-        self.history.append(record)
-        return loss, metrics
+            self.lock.acquire(timeout=0)
+        except Timeout as error:
+            raise cifar.UserError(f"{args.model} is another server's: choose another.") from error
+        if args.seed is not None:
+            torch.manual_seed(args.seed)
+        self.net, self.history = open_model(args.model, args.resume)
+        config: Metrics = {"lr": args.lr, "local_epochs": args.local_epochs}
+        strategy = make_strategy(to_parameters(self.net), config)
+        super().__init__(client_manager=SimpleClientManager(), strategy=strategy)
+        self.set_max_workers(1000)  # Flower would talk to only a few clients a core at a time
+        self.say_once = functools.cache(self.say)  # for what is true in every round
 
-    def accept(
-        self,
-        results: list[tuple[ClientProxy, Any]],
-        failures: list[Any],
-        problem: Callable[[Any], str],
-    ) -> list[tuple[ClientProxy, Any]]:
-        """Return the results without a problem; name the others, and count who gave none."""
-        accepted = []
-        answers = [failure for failure in failures if isinstance(failure, tuple)]
-        for client, result in [*results, *answers]:
-            failed = result.status.code is not Code.OK
-            if reason := f"error, {result.status.message}" if failed else problem(result):
-                name = str(result.metrics.get("client", client.cid))[:60]
-                line = f"result of client {name!r} refused: {reason}"
-                self.log(line.encode("ascii", "backslashreplace").decode()[:300])
-            else:
-                accepted.append((client, result))
-        if lost := len(failures) - len(answers):
-            self.log(f"{plural(lost)} dropped out")
-        return accepted
+    def fit(self, num_rounds: int, timeout: float | None) -> tuple[fl.server.History, float]:
+        """Run the rounds that are left; raises UserError where three in a row come to nothing."""
+        start, failed = time.monotonic(), 0
+        while len(self.history) < num_rounds:
+            try:
+                record, failed = self.run_round(timeout), 0
+            except cifar.UserError as error:
+                failed += 1
+                self.say(f"nothing came of it: {error}. The model stays as it was.")
+                if failed == 3:
+                    stop = "Nothing came of three rounds in a row: --resume goes on after the last."
+                    raise cifar.UserError(stop) from error
+                continue
+            try:
+                save(self.args.model, self.net, [*self.history, record])
+            except cifar.UserError as error:
+                self.say(f"{error} It stays as it was.")
+            self.say("loss {1}, accuracy {2}, clients {3}, {4} s".format(*figures(record)))
+            self.history.append(record)
+        return fl.server.History(), time.monotonic() - start
 
+    def run_round(self, timeout: float | None) -> dict[str, Any]:
+        """Run one round of federated learning, return its record; UserError: it came to nothing."""
+        server_round = len(self.history) + 1
 
-def make_server(
-    path: Path,
-    resumed: bool = False,
-    rounds: int = 3,
-    min_clients: int = 2,
-    local_epochs: int = 1,
-    lr: float = 0.001,
-    seed: int | None = None,
-) -> tuple[Server, int]:
-    """Return the server, and how many rounds it has to run; keeps the first weights in `path`.
+        # Wait for enough clients; whoever is there takes part.
+        clients = wait_for_clients(self.client_manager(), self.args.min_clients)
+        start = time.monotonic()
 
-    Raises UserError where the model cannot be read or written.
-    """
-    if path.suffix == ".json":
-        raise cifar.UserError(f"{path} would be the history's name: end the model's in .pt.")
-    if seed is not None:
-        torch.manual_seed(seed)
-    try:
-        if path.is_dir():
-            raise cifar.UserError(f"{path} is a folder: give the model a file name.")
-        if resumed:
-            model, history = resume(path)
-        else:
-            model, history = cifar.Net().state_dict(), []
-            move_aside(path)
-        strategy = CifarStrategy(
-            model, history, path, rounds, min_clients, {"lr": lr, "local_epochs": local_epochs}
-        )
-        save(path, strategy.model, history)
-    except OSError as error:
-        raise cifar.UserError(f"Cannot write the model to {path}: {error.strerror}.") from error
-    server = Server(client_manager=PatientClientManager(), strategy=strategy)
-    server.set_max_workers(1000)  # Flower would talk to only a few clients a core at a time
-    return server, max(0, rounds - len(history))
+        # Tell them what to train: the global model's parameters, and how.
+        model = to_parameters(self.net)
+        to_train = self.strategy.configure_fit(server_round, model, clients)
+        self.say(f"training on {len(to_train)} of {len(clients)} clients")
+
+        # Train, each client on its own images.
+        results, failures = fit_clients(to_train, self.max_workers, timeout, server_round)
+
+        # Refuse what cannot be averaged.
+        updates = accept(results, failures, lambda update: check_update(update, self.net), self.say)
+        data = compare_data(updates, self.say_once)
+        if not updates:
+            raise cifar.UserError("no update can be averaged")
+
+        # Average: w = sum of n_k / n * w_k over the clients k, each with weights w_k from n_k of all n
+        # images. Sorted, because a sum of floats depends on its order, but must not on who is first.
+        updates.sort(key=lambda update: update[1].parameters.tensors)
+        strategy = copy.deepcopy(self.strategy)  # for the case that the round comes to nothing
+        average, _ = strategy.aggregate_fit(server_round, updates, [])
+        net = to_net(average)
+
+        # Test the average, each client on its own test images; if all have left, nobody does.
+        parameters, clients = to_parameters(net), wait_for_clients(self.client_manager(), 0)
+        to_test = strategy.configure_evaluate(server_round, parameters, clients) if clients else []
+        tested, untested = evaluate_clients(to_test, self.max_workers, timeout, server_round)
+        tests = accept(tested, untested, check_test, self.say)
+        if to_test and not tests:
+            raise cifar.UserError("no client can test the average")
+        tests.sort(key=lambda test: (test[1].loss, test[1].num_examples))
+        loss, metrics = strategy.aggregate_evaluate(server_round, tests, [])
+
+        # From now on, the average is the global model.
+        self.net, self.strategy, seconds = net, strategy, round(time.monotonic() - start, 3)
+        record = {"round": server_round, "loss": loss, "accuracy": metrics.get("accuracy")}
+        return {**record, "clients": len(updates), "seconds": seconds, "data": data}
+
+    def say(self, message: str) -> None:
+        """Print what happens in the round, so that nothing a client sent controls the terminal."""
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:300])
+        print(f"Round {len(self.history) + 1}/{self.args.rounds}: {text}")
+
+    def disconnect_all_clients(self, timeout: float | None) -> None:
+        """Say goodbye; ten seconds are enough, since a client may never answer."""
+        super().disconnect_all_clients(timeout=10)
 
 
 def main() -> None:
     """Run the rounds, and show them."""
-    parser = argparse.ArgumentParser(
-        description="FedAvg server: run a number of rounds with the clients that connect.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    number = cifar.number
-    add = parser.add_argument
-    add("--server-address", type=cifar.address, default="127.0.0.1:8080", help="where to listen")
-    add("--rounds", type=number(int, 1), default=3, help="rounds in all, resumed ones included")
-    add("--min-clients", type=number(int, 1), default=2, help="clients a round waits for")
-    add("--local-epochs", type=number(int, 1), default=1, help="a client's epochs in a round")
-    add("--lr", type=number(float, 0), default=0.001, help="the clients' learning rate")
-    add(
-        "--round-timeout",
-        metavar="SECONDS",
-        type=number(float, 0.1),
-        help="training, or testing, in a round goes on without clients that take longer; "
-        "without it, it waits for a client that hangs",
-    )
-    add("--model", type=Path, default="global_model.pt", help="where the model is kept")
-    add("--resume", action="store_true", help="go on with the model, after its last round")
-    add("--seed", type=number(int, 0), help="the first weights; without it, each run differs")
-    add("--ssl-certfile", type=Path, help="TLS: the server's certificate (PEM)")
-    add("--ssl-keyfile", type=Path, help="TLS: the server's private key (PEM)")
-    add("--ssl-ca-certfile", type=Path, help="TLS: the certificate of the authority (PEM)")
-    args = parser.parse_args()
-    tls = [args.ssl_ca_certfile, args.ssl_certfile, args.ssl_keyfile]
-    if any(tls) and not all(tls):
-        parser.error("--ssl-certfile, --ssl-keyfile and --ssl-ca-certfile go together")
-
-    certificates = read_certificates(*tls) if all(tls) else None
-    if not check_address(args.server_address) and not certificates:
-        print(
-            f"Warning: whoever reaches {args.server_address} can join, read the model and change "
-            "it, and nothing is encrypted. See 'More than one machine' in README.md.",
-            file=sys.stderr,
-        )
-    server, rounds = make_server(
-        args.model,
-        args.resume,
-        args.rounds,
-        args.min_clients,
-        args.local_epochs,
-        args.lr,
-        args.seed,
-    )
-    strategy = server.strategy
-    assert isinstance(strategy, CifarStrategy)
-    if rounds:
-        print(f"Listening on {args.server_address}, TLS {'on' if certificates else 'off'}")
-        # start_server() is what this shape of federation needs; that it is deprecated is for us
-        # to know (see README.md), not for every user at every start.
-        logging.getLogger("flwr").addFilter(
-            lambda record: "start_server() is deprecated" not in record.getMessage()
-        )
-        mend_grpc()
+    args = make_parser().parse_args()
+    certificates = None
+    if args.ssl_certfile or args.ssl_keyfile or args.ssl_ca_certfile:
+        certificates = try_obtain_server_certificates(args)
         try:
+            tls = ssl.create_default_context(cafile=args.ssl_ca_certfile)
+            tls.load_cert_chain(args.ssl_certfile, args.ssl_keyfile, password="")
+        except ssl.SSLError as error:
+            raise cifar.UserError(f"The --ssl files are not what TLS needs: {error}.") from error
+    check_address(args.server_address, encrypted=bool(certificates))
+    server = CifarServer(args)
+    if len(server.history) < args.rounds:
+        print(f"Listening on {args.server_address}, TLS {'on' if certificates else 'off'}")
+        hear_of_clients_that_left()
+        with contextlib.suppress(SystemExit):  # Flower's answer to SIGINT and SIGTERM
             fl.server.start_server(
                 server_address=args.server_address,
                 server=server,
-                config=ServerConfig(num_rounds=rounds, round_timeout=args.round_timeout),
+                config=fl.server.ServerConfig(args.rounds, args.round_timeout),
                 certificates=certificates,
             )
-        except SystemExit as stop:  # Flower's answer to SIGINT and SIGTERM
-            raise cifar.UserError(
-                stop.code
-                or f"Stopped after {len(strategy.history)} of {args.rounds} rounds. "
-                f"{args.model} is kept: --resume goes on with it."
-            ) from stop
-
+        if len(server.history) < args.rounds:
+            done = f"Stopped after {len(server.history)} of {args.rounds} rounds."
+            raise cifar.UserError(f"{done} {args.model} is kept: --resume goes on with it.")
+        save(args.model, server.net, server.history)  # in case that it could not be written
     print("\nround    loss  accuracy  clients  seconds")
-    for record in strategy.history:
-        print("{:>5} {:>7}  {:>8}  {:>7}  {:>7}".format(*row(record)))
-    if not strategy.saved:
-        raise cifar.UserError(f"The last model could not be written to {args.model}.")
+    for record in server.history:
+        print("{:>5} {:>7}  {:>8}  {:>7}  {:>7}".format(*figures(record)))
     print(f"Model: {args.model.resolve()}")
 
 
-# Waiting for clients, and judging what they send.
+# A first reading may skip the rest: what a round consists of, files, flags, Flower's engine.
 
 
-class PatientClientManager(SimpleClientManager):
-    """Waits for clients as long as it takes, and says for how many."""
-
-    def wait_for(self, num_clients: int, timeout: int = 0) -> bool:
-        """Return once `num_clients` are connected, whatever the timeout."""
-        with self._cv:
-            while (connected := len(self.clients)) < num_clients:
-                print(f"Waiting for {plural(num_clients)}: {connected} connected", flush=True)
-                self._cv.wait_for(lambda: len(self.clients) != connected)
-        return True
-
-    def sample(
-        self,
-        num_clients: int,
-        min_num_clients: int | None = None,
-        criterion: Criterion | None = None,
-    ) -> list[ClientProxy]:
-        """Wait, then return up to `num_clients`; Flower's own returns none if one just left."""
-        clients: list[ClientProxy] = []
-        while len(clients) < (min_num_clients or num_clients):
-            self.wait_for(min_num_clients or num_clients)
-            clients = list(self.all().values())
-        return random.sample(clients, min(num_clients, len(clients)))
-
-    def all(self) -> dict[str, ClientProxy]:
-        """Return the connected clients, copied: they come and go at any time."""
-        return dict(self.clients)
-
-
-class EndedCalls(grpc.ServerInterceptor):
-    """Sees to it that Flower is told of the end of a call that ended before it asked to be told.
-
-    gRPC returns False then. Flower does not look, and would keep a client that left in the instant
-    in which it joined, and wait for it in every round.
-    """
-
-    def intercept_service(
-        self, continuation: Callable[..., Any], handler_call_details: grpc.HandlerCallDetails
-    ) -> Any:
-        """Return the handler of a call, here of Flower's Join."""
-        handler = continuation(handler_call_details)
-        if not handler or not handler.stream_stream:
-            return handler
-
-        def join(messages: Any, context: grpc.ServicerContext) -> Any:
-            add = context.add_callback
-            context.add_callback = lambda callback: add(callback) or callback()
-            return handler.stream_stream(messages, context)
-
-        return grpc.stream_stream_rpc_method_handler(
-            join, handler.request_deserializer, handler.response_serializer
-        )
-
-
-def mend_grpc() -> None:
-    """Have the server that Flower makes notice who leaves, and allow client.py's signs of life."""
-    create = grpc.server
-    # gRPC would turn away a client that asks for one more often than every 5 minutes.
-    option = ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000)
-
-    def server(*args: Any, options: Any, interceptors: Any = None, **kwargs: Any) -> grpc.Server:
-        interceptors = [EndedCalls(), *(interceptors or ())]
-        return create(*args, options=[*options, option], interceptors=interceptors, **kwargs)
-
-    grpc.server = server
-
-
-def bad_update(update: FitRes, model: dict[str, np.ndarray]) -> str:
-    """Say why a client's update cannot be averaged into the model; an empty string if it can."""
-    if update.num_examples < 1:
-        return f"trained on {update.num_examples} examples"
-    try:
-        arrays = parameters_to_ndarrays(update.parameters)
-    except Exception as error:  # noqa: BLE001, NumPy raises many kinds for bytes of no array
-        return f"unreadable ({type(error).__name__})"
-    if len(arrays) != len(model):
-        return f"{len(arrays)} arrays instead of {len(model)}"
-    for (name, ours), theirs in zip(model.items(), arrays):
-        if not isinstance(theirs, np.ndarray):  # np.load() opens archives too
-            return f"unreadable ({type(theirs).__name__})"
-        if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
-            return f"{name} is {theirs.dtype}{theirs.shape} instead of {ours.dtype}{ours.shape}"
-        if not np.isfinite(theirs).all():
-            return f"NaN or infinity in {name}"
-    return ""
-
-
-def bad_evaluation(evaluation: EvaluateRes) -> str:
-    """Say why a client's test result cannot be averaged; an empty string if it can."""
-    loss, accuracy = evaluation.loss, evaluation.metrics.get("accuracy")
-    if evaluation.num_examples < 1:
-        return f"tested on {evaluation.num_examples} examples"
-    if not abs(loss) < 1e30 or not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 1:
-        return f"loss {loss}, accuracy {accuracy!r}"
-    return ""
-
-
-def average_accuracy(metrics: list[tuple[int, dict[str, Scalar]]]) -> dict[str, Scalar]:
+def average_accuracy(metrics: list[tuple[int, Metrics]]) -> Metrics:
     """Average the clients' accuracies, weighted by their numbers of test images."""
-    total = sum(num_examples for num_examples, _ in metrics)
-    return {"accuracy": sum(n * float(values["accuracy"]) for n, values in metrics) / total}
+    return {"accuracy": weighted_loss_avg([(n, float(m["accuracy"])) for n, m in metrics])}
 
 
-# Keeping the model, and going on with it.
+def to_parameters(net: cifar.Net) -> Parameters:
+    """Return the network's parameters as Flower sends them, in the order of its state_dict."""
+    return fl.common.ndarrays_to_parameters([v.numpy() for v in net.state_dict().values()])
 
 
-def save(path: Path, model: dict[str, np.ndarray], history: History) -> None:
-    """Write the state_dict to `path` and the history beside it, so that nobody finds half a file.
-
-    Raises OSError; the files that were there are then as they were.
-    """
-    state_dict = OrderedDict((name, torch.from_numpy(value)) for name, value in model.items())
-    # The model carries its history, where PyTorch keeps a state_dict's version: a server that is
-    # killed between the two files can resume, and a history of another model is found out.
-    kept = {"": {"history": without_seconds(history)}}
-    state_dict._metadata = kept  # type: ignore[attr-defined]
-    buffer = io.BytesIO()
-    torch.save(state_dict, buffer)
-    files = {
-        path: buffer.getvalue(),
-        path.with_suffix(".json"): json.dumps(history, indent=2).encode() + b"\n",
-    }
-    temporary = {final: final.with_name(final.name + ".tmp") for final in files}
-    try:
-        for final, content in files.items():
-            with temporary[final].open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for final in files:
-            temporary[final].replace(final)
-    except OSError:
-        for each in temporary.values():
-            with contextlib.suppress(OSError):
-                each.unlink()
-        raise
+def to_net(parameters: Parameters | None) -> cifar.Net:
+    """Return a network with these parameters in its own types; raises UserError for NaN and none."""
+    net = cifar.Net()
+    arrays = fl.common.parameters_to_ndarrays(parameters) if parameters else [np.array(np.nan)]
+    for (name, value), array in zip(net.state_dict().items(), map(torch.from_numpy, arrays)):
+        value.copy_(array if value.is_floating_point() else array.round())
+        if not (array.isfinite().all() and value.isfinite().all()):
+            raise cifar.UserError(f"NaN or infinity in {name}")
+    return net
 
 
-def without_seconds(history: History) -> History:
-    """Return what the model's file says of the rounds: the same for every run with the same seeds."""
-    return [{**record, "seconds": None} for record in history]
+def wait_for_clients(manager: fl.server.ClientManager, min_clients: int) -> SimpleClientManager:
+    """Return, once they are enough, all who are connected, in a manager where nobody leaves."""
+    said = -1
+    while True:
+        clients = SimpleClientManager()
+        clients.clients = dict(manager.all())
+        if len(clients) >= min_clients:
+            return clients
+        if len(clients) != said:
+            said = len(clients)
+            print(f"Waiting for clients: {said} of {min_clients} connected")
+        manager.wait_for(said + 1, timeout=1)  # not for longer, since clients also leave
 
 
-def resume(path: Path) -> tuple[dict[str, torch.Tensor], History]:
-    """Read what save() wrote; raises UserError where model and history are not a pair."""
-    model = cifar.load_model(path)
-    history_path = path.with_suffix(".json")
-    try:
-        history = json.loads(history_path.read_bytes())
-    except OSError as error:
-        raise cifar.UserError(
-            f"Cannot resume {path} without its history {history_path}: {error.strerror}."
-        ) from error
-    except ValueError as error:
-        raise cifar.UserError(f"{history_path} holds no history, or a damaged one.") from error
-    kept = getattr(model, "_metadata", {}).get("", {}).get("history")
-    known = None
-    if isinstance(history, list) and all(isinstance(record, dict) for record in history):
-        known = without_seconds(history)
-    # The model is renamed first, so it may know of one round more.
-    if not isinstance(kept, list) or known not in (kept, kept[:-1]):
-        raise cifar.UserError(f"{history_path} is not the history of {path}.")
-    return model, history + kept[len(history) :]
-
-
-def move_aside(path: Path) -> None:
-    """Rename the model of an earlier run, and its history, so that the new one loses neither."""
-    pair = [path.with_suffix(".json"), path]
-    if not any(file.exists() for file in pair):
-        return
-    with contextlib.suppress(cifar.UserError):
-        if not resume(path)[1]:
-            return  # a run that ended before its first round: there is nothing to keep
-    number = 1
-    while any(file.with_stem(f"{path.stem}-{number}").exists() for file in pair):
-        number += 1
-    for file in pair:
-        with contextlib.suppress(FileNotFoundError):
-            file.rename(file.with_stem(f"{path.stem}-{number}"))
-    old = path.with_stem(f"{path.stem}-{number}")
-    print(f"{path} of an earlier run is kept as {old} (--resume would have gone on with it)")
-
-
-# Checking and showing.
-
-
-def check_address(address: str) -> bool:
-    """Raise UserError unless the server can listen there; return whether it is this machine's."""
-    family, kind, protocol, _, host_and_port = cifar.resolve(address)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def accept(results: list, failures: list, check: Callable[[Any], None], say: Callable) -> list:
+    """Return the (client, result) pairs that pass; name the others, and count who gave no result."""
+    accepted = []
+    answers = [failure for failure in failures if isinstance(failure, tuple)]
+    for client, result in [*results, *answers]:
         try:
-            probe.bind(host_and_port)
+            if result.status.code is not fl.common.Code.OK:
+                raise cifar.UserError(f"error, {result.status.message}")
+            check(result)
+            accepted.append((client, result))
+        except Exception as error:  # noqa: BLE001, NumPy raises many kinds for bytes of no array
+            reason = error if isinstance(error, cifar.UserError) else "unreadable"
+            say(f"result of client {result.metrics.get('client', client.cid)!r} refused: {reason}")
+    if lost := len(failures) - len(answers):
+        say(f"{lost} of {len(results) + len(failures)} clients dropped out")
+    return accepted
+
+
+def check_update(update: FitRes, net: cifar.Net) -> None:
+    """Raise an exception if the update cannot be averaged."""
+    if update.num_examples < 1:
+        raise cifar.UserError(f"trained on {update.num_examples} examples")
+    update.parameters.tensors = update.parameters.tensors[: len(net.state_dict()) + 1]  # no million
+    arrays = fl.common.parameters_to_ndarrays(update.parameters)
+    cifar.check_parameters(net, arrays)
+    # BatchNorm's count of batches is an integer, of which Flower would make 0: it multiplies in place.
+    floats = [array if array.dtype.kind == "f" else array.astype(float) for array in arrays]
+    update.parameters = fl.common.ndarrays_to_parameters(floats)
+    to_net(update.parameters)  # are they finite?
+
+
+def check_test(test: EvaluateRes) -> None:
+    """Raise UserError if the test result cannot be averaged."""
+    loss, accuracy, num_examples = test.loss, test.metrics.get("accuracy"), test.num_examples
+    accurate = isinstance(accuracy, float | int) and 0 <= accuracy <= 1
+    if not (accurate and abs(loss) < 1e30 and num_examples > 0):
+        raise cifar.UserError(f"loss {loss}, accuracy {accuracy!r} on {num_examples} examples")
+
+
+def compare_data(updates: list, say_once: Callable[[str], None]) -> str:
+    """Say what each client holds, and what of it does not fit together; return the kinds of data."""
+    held = []
+    for client, update in updates:
+        facts = {"client": client.cid, "data": "unknown data", "part": "all", **update.metrics}
+        say_once("client {client!r} holds {part} of {data}".format(**facts))
+        held.append((str(facts["data"]), str(facts["part"])))
+    kinds = sorted({data for data, _ in held})
+    if len(kinds) > 1:
+        say_once(f"Warning: the clients' data do not fit together: {' / '.join(kinds)}")
+    for (data, part), holders in Counter(held).items():
+        if holders > 1 and part != "all":
+            say_once(f"Warning: {holders} clients hold {part} of {data}")
+    return " / ".join(kinds)
+
+
+def open_model(path: Path, resumed: bool) -> tuple[cifar.Net, list[dict[str, Any]]]:
+    """Return the kept model and history, or new ones and rename the old; may raise UserError."""
+    history_path = path.with_suffix(".json")
+    if resumed:
+        net, history = cifar.load_model(path), []
+        try:
+            history = [
+                each for each in list(json.loads(history_path.read_bytes())) if figures(each)
+            ]
+        except FileNotFoundError:
+            print(f"{history_path} is missing: going on with the model alone, from round 1")
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            advice = "Put the right one there, or move it away to go on with the model alone."
+            raise cifar.UserError(f"{history_path} holds no history. {advice}") from error
+        return net, history
+    old = [file for file in (history_path, path) if file.exists()]
+    if len(old) == 2 and history_path.is_file() and history_path.read_bytes() == b"[]\n":
+        old = []  # of a run that ended before its first round
+    number = 1
+    while any(file.with_stem(f"{path.stem}-{number}").exists() for file in old):
+        number += 1
+    for file in old:
+        kept = file.rename(file.with_stem(f"{path.stem}-{number}"))
+        print(f"{file} of an earlier run is kept as {kept}")
+    net = cifar.Net()
+    save(path, net, [])
+    return net, []
+
+
+def save(path: Path, net: cifar.Net, history: list[dict[str, Any]]) -> None:
+    """Write the model, then the history beside it, each whole or not at all; raises UserError."""
+    buffer = io.BytesIO()
+    torch.save(net.state_dict(), buffer)
+    text = json.dumps(history, indent=2) + "\n"
+    for file, content in ((path, buffer.getvalue()), (path.with_suffix(".json"), text.encode())):
+        temporary = file.with_name(f"{file.name}.tmp")
+        try:
+            with temporary.open("wb") as opened:
+                if file.exists():
+                    shutil.copymode(file, temporary)
+                opened.write(content)
+                opened.flush()
+                os.fsync(opened.fileno())
+            temporary.replace(file)
         except OSError as error:
-            raise cifar.UserError(
-                f"Cannot listen on {address}: {error.strerror}. "
-                "Choose another address with --server-address."
-            ) from error
-    return ipaddress.ip_address(host_and_port[0].partition("%")[0]).is_loopback
+            temporary.unlink(missing_ok=True)
+            raise cifar.UserError(f"Cannot write {file}: {error.strerror}.") from error
 
 
-def read_certificates(ca: Path, certificate: Path, key: Path) -> tuple[bytes, bytes, bytes]:
-    """Return the three files' contents; raises UserError unless they are what TLS needs."""
+def check_address(address: str, encrypted: bool) -> None:
+    """Raise UserError unless the server can listen there; warn if others can reach it."""
+    host, _, port = address.rpartition(":")
     try:
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=ca)
-        context.load_cert_chain(certificate, key, password="")
-        return ca.read_bytes(), certificate.read_bytes(), key.read_bytes()
-    except OSError as error:  # ssl.SSLError is one
-        files = ", ".join(map(str, (ca, certificate, key)))
-        raise cifar.UserError(f"No TLS with {files}: {error}.") from error
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        for family, _, _, _, host_and_port in found:
+            socket.create_server(host_and_port, family=family).close()
+    except (OSError, UnicodeError) as error:
+        raise cifar.UserError(f"Cannot listen on {address}: {error}. Choose another.") from error
+    hosts = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
+    if not encrypted and not all(host.is_loopback for host in hosts):
+        danger = "can join, read the model and change it: see 'More than one machine' in README.md"
+        print(f"Warning: whoever reaches {address} {danger}", file=sys.stderr)
 
 
-def plural(clients: int) -> str:
-    """Return the number with its noun."""
-    return f"{clients} client" if clients == 1 else f"{clients} clients"
+def hear_of_clients_that_left() -> None:
+    """Tell Flower, which asks to be told of a call's end, of one that ended before it asked, too."""
+    add_callback = _server._Context.add_callback
+    _server._Context.add_callback = lambda self, call: add_callback(self, call) or call()
 
 
-def row(record: dict[str, Any]) -> list[str]:
+def figures(record: dict[str, Any]) -> list[str]:
     """Return a round's figures as text; - for one that is not known."""
     formats = {"round": "d", "loss": ".4f", "accuracy": ".4f", "clients": "d", "seconds": ".1f"}
     return ["-" if record[key] is None else format(record[key], formats[key]) for key in formats]
 
 
-# Flower's deployment engine.
-
-
-def server_fn(context: Context) -> ServerAppComponents:
-    """Build the same server for Flower's deployment engine, from the run config."""
-    run = context.run_config
-    server, rounds = make_server(
-        path=Path(str(run.get("model", "global_model.pt"))),
-        resumed=bool(run.get("resume", False)),
-        rounds=int(run.get("rounds", 3)),
-        min_clients=int(run.get("min-clients", 2)),
-        local_epochs=int(run.get("local-epochs", 1)),
-        lr=float(run.get("lr", 0.001)),
-        seed=int(run["seed"]) if "seed" in run else None,
+def make_parser() -> argparse.ArgumentParser:
+    """Return the flags of server.py."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.description = "FedAvg server: run a number of rounds with the clients that connect."
+    number, add = cifar.number, parser.add_argument
+    add(
+        "--server-address",
+        type=cifar.address,
+        default="127.0.0.1:8080",
+        help="HOST:PORT to listen at",
     )
-    timeout = float(run["round-timeout"]) if "round-timeout" in run else None
-    config = ServerConfig(num_rounds=rounds, round_timeout=timeout)
-    return ServerAppComponents(server=server, config=config)
+    add("--rounds", type=number(int, 1), default=3, help="rounds in all, resumed ones included")
+    add("--min-clients", type=number(int, 1), default=2, help="clients a round waits for")
+    add("--local-epochs", type=number(int, 1), default=1, help="a client's epochs in a round")
+    add("--lr", type=number(float, 1e-9), default=0.001, help="the clients' learning rate")
+    add("--round-timeout", metavar="SECONDS", type=number(float, 0.1), help="patience with clients")
+    add("--model", type=cifar.model_path, default="global_model.pt", help="where the model is kept")
+    add("--resume", action="store_true", help="go on with the model, after its last round")
+    add("--seed", type=number(int, 0), help="the first weights; without it, each run differs")
+    add("--ssl-certfile", type=Path, help="TLS: the server's certificate (PEM)")
+    add("--ssl-keyfile", type=Path, help="TLS: the server's private key (PEM)")
+    add("--ssl-ca-certfile", type=Path, help="TLS: the certificate of the authority (PEM)")
+    return parser
 
 
-app = ServerApp(server_fn=server_fn)
+def server_fn(context: fl.common.Context) -> fl.server.ServerAppComponents:
+    """Build the same server for Flower's deployment engine, from the run config."""
+    args = cifar.parse_config(make_parser(), context.run_config)
+    config = fl.server.ServerConfig(args.rounds, args.round_timeout)
+    return fl.server.ServerAppComponents(server=CifarServer(args), config=config)
+
+
+app = fl.server.ServerApp(server_fn=server_fn)
 
 
 if __name__ == "__main__":

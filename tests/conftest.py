@@ -22,8 +22,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
-os.environ["FLWR_LOG_LEVEL"] = "WARNING"
+os.environ["FLWR_LOG_LEVEL"] = "CRITICAL"
 os.environ["GRPC_VERBOSITY"] = "NONE"
+# What a user has not set either: the scripts' own settings are seen.
+UNSET = ["FLWR_LOG_LEVEL", "GRPC_VERBOSITY", "OMP_NUM_THREADS", "PYTHONUNBUFFERED"]
 torch.set_num_threads(1)  # the scripts that run beside have need of the other cores
 
 # Runs a script as `python script.py ...` does, but with a small CIFAR-10 in place of the real one.
@@ -51,13 +53,13 @@ class Script:
 
     def __init__(self, command: list[object], cwd: Path, env: dict[str, str]) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-u", *map(str, command)],
+            [sys.executable, *map(str, command)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             cwd=cwd,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+            env={k: v for k, v in os.environ.items() if k not in UNSET} | env,
         )
         self.output = ""
         self.more = threading.Condition()
@@ -124,9 +126,12 @@ def call(monkeypatch, capsys):
 
     def call_main(module: str, *arguments: object, code: int = 0) -> str:
         monkeypatch.setattr(sys, "argv", [f"{module}.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
+        ended: object = 0
+        try:
             importlib.import_module(module).main()
-        assert stop.value.code == code
+        except SystemExit as stop:
+            ended = stop.code
+        assert ended == code
         printed = capsys.readouterr()
         return printed.out + printed.err
 
@@ -154,9 +159,9 @@ def small_cifar(tmp_path_factory) -> SmallCifar:
             "data": random.randint(256, size=(100, 3072), dtype=np.uint8),
             "labels": random.permutation(np.arange(100) % 10).tolist(),
         }
-        content = pickle.dumps(entry)
-        (folder / name).write_bytes(content)
-        sums.append((name, hashlib.md5(content).hexdigest()))
+        sums.append((name, write_pickle(folder / name, entry)))
+    names = {"label_names": [f"class {number}" for number in range(10)]}
+    meta = write_pickle(folder / "batches.meta", names)
     archive = root / "cifar-10-python.tar.gz"
     with tarfile.open(archive, "w:gz") as file:
         file.add(folder, arcname=folder.name)
@@ -165,8 +170,16 @@ def small_cifar(tmp_path_factory) -> SmallCifar:
         "tgz_md5": hashlib.md5(archive.read_bytes()).hexdigest(),
         "train_list": sums[:5],
         "test_list": sums[5:],
+        "meta": {"filename": "batches.meta", "key": "label_names", "md5": meta},
     }
     return SmallCifar(root, attributes)
+
+
+def write_pickle(path: Path, value: object) -> str:
+    """Write the value to a file; return the file's MD5 sum."""
+    content = pickle.dumps(value)
+    path.write_bytes(content)
+    return hashlib.md5(content).hexdigest()
 
 
 @pytest.fixture

@@ -3,15 +3,25 @@
 import argparse
 import functools
 import http.server
+import json
+import os
+import queue
 import re
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import ROOT, UNSET
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -25,7 +35,6 @@ def small_root(small_cifar, monkeypatch):
     """Make this process take the small CIFAR-10 for the real one; return its folder."""
     for name, value in small_cifar.attributes.items():
         monkeypatch.setattr(torchvision.datasets.CIFAR10, name, value)
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_load_meta", lambda self: None)
     return small_cifar.root
 
 
@@ -95,8 +104,49 @@ def test_batches_are_torchvisions_own_in_the_same_order(small_root):
         their_images, their_labels = map(torch.cat, zip(*their_loader))
         assert torch.equal(our_images, their_images)
         assert torch.equal(our_labels, their_labels)
-    image, label = ours[1].dataset[5]
-    assert torch.equal(image, our_images[5]) and label == our_labels[5]
+
+
+def test_load_data_says_what_it_holds(small_root, capsys):
+    cifar.load_data(data_root=small_root)
+    assert capsys.readouterr().out == (
+        "Part 0 of 1 of CIFAR-10: 500 images to train on, 100 to test on\n"
+        "Of each class, to train on: 50 50 50 50 50 50 50 50 50 50\n"
+    )
+    cifar.load_data(synthetic=True, partition_id=1, num_partitions=3)
+    line = "Part 1 of 3 of generated images: 3333 images to train on, 667 to test on\n"
+    assert capsys.readouterr().out.startswith(line)
+    skewed = cifar.load_data(data_root=small_root, num_partitions=3, alpha=0.1)[0].dataset.labels
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "Part 0 of 3 of CIFAR-10: 166 images to train on, 34 to test on"
+    counts = [int(count) for count in second.rpartition(": ")[2].split()]
+    assert counts == [int((skewed == label).sum()) for label in range(len(counts))]
+    assert sum(counts) == 166 and max(counts) > 17, "skewed"
+
+
+@pytest.mark.parametrize("alpha", [None, 0.5])
+def test_other_images_need_only_another_read_images(monkeypatch, tmp_path, alpha):
+    """Letters in place of photos: 28x28 pixels of grey, and 26 classes."""
+    pixels = np.random.RandomState(0).randint(256, size=(624, 28, 28, 1), dtype=np.uint8)
+    letters = pixels, np.arange(624) % 26
+    data = tuple(tuple(array[part] for array in letters) for part in np.split(range(624), [520]))
+    monkeypatch.setattr(cifar, "read_images", lambda root, download: data)
+    loaders = [
+        cifar.load_data(data_root=tmp_path, partition_id=i, num_partitions=3, alpha=alpha)[:2]
+        for i in range(3)
+    ]
+    images, labels = next(iter(loaders[1][0]))
+    assert images.shape == (32, 1, 28, 28) and labels.shape == (32,)
+    assert images.min() == -1 and images.max() == 1
+    for which, (pixels, labels) in enumerate(data):
+        parts = [pair[which].dataset for pair in loaders]
+        known = {image.tobytes(): label for image, label in zip(pixels, labels)}
+        for part in parts:
+            for image, label in zip(part.images, part.labels):
+                assert known.pop(image.numpy().tobytes()) == label
+        assert not known, "every image is in one of the parts"
+    net = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 26))
+    cifar.train(net, loaders[1][0], epochs=1, device=CPU)
+    assert cifar.test(net, loaders[1][1], CPU)[1] <= 1
 
 
 def test_training_is_the_tutorials_to_rounding(small_root, capsys):
@@ -112,17 +162,20 @@ def test_training_is_the_tutorials_to_rounding(small_root, capsys):
     assert len(losses) == 7 * 16
 
 
-def test_train_prints_the_mean_loss_of_100_batches(capsys):
-    images, labels = torch.randn(208, 3, 32, 32), torch.randint(10, (208,))
+@pytest.mark.parametrize("batches", [100, 104])
+def test_train_prints_the_mean_loss_of_100_batches_and_of_the_last(capsys, batches):
+    images, labels = torch.randn(2 * batches, 3, 32, 32), torch.randint(10, (2 * batches,))
     loader = DataLoader(TensorDataset(images, labels), batch_size=2)
     torch.manual_seed(0)
-    net = cifar.Net()
-    losses = article_train(net, loader, epochs=1)
+    losses = np.reshape(article_train(cifar.Net(), loader, epochs=2), (2, batches))
     torch.manual_seed(0)
-    cifar.train(cifar.Net(), loader, epochs=1, device=CPU)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "Training 1 epoch(s) w/ 104 batches each"
-    assert lines[1:] == [f"[1,   100] loss: {np.mean(losses[:100]):.3f}"]
+    cifar.train(cifar.Net(), loader, epochs=2, device=CPU)
+    lines = [f"Training 2 epoch(s) w/ {batches} batches each"]
+    for epoch in (1, 2):
+        lines += [f"[{epoch},   100] loss: {losses[epoch - 1, :100].mean():.3f}"]
+        if batches > 100:
+            lines += [f"[{epoch},   104] loss: {losses[epoch - 1, 100:].mean():.3f}"]
+    assert capsys.readouterr().out.splitlines() == lines
 
 
 def test_train_lowers_the_loss_as_fast_as_it_is_told(capsys):
@@ -229,10 +282,26 @@ def test_a_part_keeps_image_and_label_together(small_root):
         assert known[image.numpy().tobytes()] == label
 
 
-@pytest.mark.parametrize("part, parts", [(100, 101), (0, 101), (3, 3), (-1, 3), (0, 2_000_000_000)])
+NO_PARTS = {
+    (3, 3): "There is no part 3 of 3",
+    (-1, 3): "There is no part -1 of 3",
+    (0, 0): "There is no part 0 of 0",
+    (100, 101): "100 images cannot be dealt into 101 parts",
+    (0, 101): "100 images cannot be dealt into 101 parts",
+    (0, 501): "500 images cannot be dealt into 501 parts",
+}
+
+
+@pytest.mark.parametrize("part, parts", NO_PARTS)
 def test_a_part_without_images_is_an_error(small_root, part, parts):
-    with pytest.raises(cifar.UserError, match=f"No images for part {part} of {parts}: "):
+    with pytest.raises(cifar.UserError, match=NO_PARTS[part, parts]):
         cifar.load_data(data_root=small_root, partition_id=part, num_partitions=parts)
+
+
+@pytest.mark.parametrize("alpha", [-1, 0, float("nan"), 1e7])
+def test_alpha_without_meaning_is_an_error(small_root, alpha):
+    with pytest.raises(cifar.UserError, match=f"alpha {re.escape(str(alpha))} "):
+        cifar.load_data(data_root=small_root, num_partitions=2, alpha=alpha)
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "x", "nan", "2.5"])
@@ -244,39 +313,100 @@ def test_numbers_out_of_range_are_refused(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "8080", "host", ":80", "h:0", "h:65536", "http://h:80", "h:x"]
+    "text", ["", "8080", "host", ":80", "h:0", "h:65536", "http://h:80", "h:x", "h:-1", "h:80/x"]
 )
-def test_what_is_no_address_is_refused(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="HOST:PORT"):
-        cifar.address(text)
+def test_what_is_no_address_is_refused(call, text):
+    assert "argument --server-address: " in call("client", f"--server-address={text}", code=2)
 
 
 def test_addresses_are_accepted():
-    assert [cifar.address(text) for text in ("localhost:1", "[::1]:65535")]
-    for host in ("no-such-host.invalid", "a..b"):
-        with pytest.raises(cifar.UserError, match=host):
-            cifar.resolve(f"{host}:80")
+    for text in ("localhost:1", "[::1]:65535", "a-b.example:8080", "192.0.2.1:80"):
+        assert cifar.address(text) == text
+    assert cifar.address("127.1:80") == "127.0.0.1:80"
 
 
-@pytest.mark.parametrize("content", [b"", b"junk", "list", "other", "partial"])
+@pytest.mark.parametrize("content", [b"", b"junk", "list", "other", "partial", "shape"])
 def test_what_is_no_model_is_refused(tmp_path, content):
     path = tmp_path / "model.pt"
     state_dict = cifar.Net().state_dict()
     objects = {
-        "list": [1, 2],
-        "other": nn.Linear(2, 2).state_dict(),
-        "partial": dict(list(state_dict.items())[:-1]),
+        "list": ([1, 2], "no saved model"),
+        "other": (nn.Linear(2, 2).state_dict(), "conv1.weight"),
+        "partial": (dict(list(state_dict.items())[:-1]), "fc3.bias"),
+        "shape": ({**state_dict, "fc1.bias": torch.zeros(7)}, "fc1.bias"),
     }
     if isinstance(content, bytes):
         path.write_bytes(content)
+        reason = "no saved model"
     else:
-        torch.save(objects[content], path)
-    with pytest.raises(cifar.UserError, match="model.pt"):
+        value, reason = objects[content]
+        torch.save(value, path)
+    with pytest.raises(cifar.UserError, match=f"model.pt.*{reason}") as error:
         cifar.load_model(path)
-    torch.save(state_dict, path)
-    assert cifar.load_model(path).keys() == state_dict.keys()
-    with pytest.raises(cifar.UserError, match="No such file"):
+    assert "\n" not in str(error.value)
+
+
+def test_saved_model_is_loaded(tmp_path):
+    net = cifar.Net()
+    torch.save(net.state_dict(), tmp_path / "model.pt")
+    loaded = cifar.load_model(tmp_path / "model.pt")
+    assert isinstance(loaded, cifar.Net)
+    for name, value in net.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    with pytest.raises(cifar.UserError, match="Cannot read the model .*none.pt: No such file"):
         cifar.load_model(tmp_path / "none.pt")
+
+
+def arrays_of(net):
+    return [value.numpy().copy() for value in net.state_dict().values()]
+
+
+def test_parameters_that_fit_pass():
+    cifar.check_parameters(cifar.Net(), arrays_of(cifar.Net()))
+    normalized = nn.BatchNorm2d(3)  # counts its batches in an integer
+    cifar.check_parameters(normalized, arrays_of(normalized))
+
+
+WRONG_PARAMETERS = {
+    "shape": lambda arrays: [*arrays[:3], arrays[3][:5], *arrays[4:8], arrays[8][:2], arrays[9]],
+    "kind": lambda arrays: [*arrays[:3], arrays[3].astype(float), *arrays[4:]],
+    "few": lambda arrays: arrays[:3],
+    "order": lambda arrays: [*arrays[:3], *arrays[:2:-1]],
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_PARAMETERS)
+def test_first_parameter_that_differs_is_named(wrong):
+    with pytest.raises(cifar.UserError, match=re.escape("conv2.bias is ")) as error:
+        cifar.check_parameters(cifar.Net(), WRONG_PARAMETERS[wrong](arrays_of(cifar.Net())))
+    assert "float32(16,)" in str(error.value)
+
+
+def test_too_many_parameters_are_refused():
+    with pytest.raises(cifar.UserError):
+        cifar.check_parameters(cifar.Net(), [*arrays_of(cifar.Net()), np.zeros(2)])
+
+
+def flags_parser():
+    parser = argparse.ArgumentParser()
+    cifar.add_shared_arguments(parser)
+    return parser
+
+
+def test_config_of_flowers_engine_is_read_as_flags():
+    config = {"batch-size": 8, "synthetic": True, "data-root": "a folder", "rounds": 7}
+    args = cifar.parse_config(flags_parser(), {**config, "min-clients": 2, "resume": True})
+    assert (args.batch_size, args.synthetic, args.data_root) == (8, True, "a folder")
+    assert not hasattr(args, "rounds") and not hasattr(args, "resume")
+    defaults = cifar.parse_config(flags_parser(), {"synthetic": False})
+    assert defaults == flags_parser().parse_args([])
+
+
+def test_bad_value_in_a_config_is_argparses_error(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cifar.parse_config(flags_parser(), {"batch-size": 0})
+    assert stop.value.code == 2
+    assert "argument --batch-size: 0 is not between 1 and" in capsys.readouterr().err
 
 
 def test_a_model_cannot_run_code(tmp_path):
@@ -299,12 +429,12 @@ REQUESTS = 2  # of one download: torchvision looks for redirections first
 @pytest.fixture
 def web(small_cifar):
     """Serve the small archive; return its address, the requests so far, and a switch that stalls it."""
-    requests, go_on = [], threading.Event()
+    requests, go_on = queue.SimpleQueue(), threading.Event()
     go_on.set()
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def do_GET(self):
-            requests.append(self.path)
+            requests.put(self.path)
             go_on.wait(60)
             super().do_GET()
 
@@ -329,15 +459,53 @@ def test_script_trains_and_prints_loss_and_accuracy(start, small_cifar):
     assert lines[-2].startswith("Loss: ") and lines[-1].startswith("Accuracy: ")
 
 
+def not_there(cifar):
+    return f"CIFAR-10 is not in {cifar.root}: fetching it, or waiting for the process that does\n"
+
+
 def test_offline_says_what_to_do(start, cifar_copy):
     shutil.rmtree(cifar_copy.root)
     script = start("cifar.py", cifar=cifar_copy)
     assert script.end() == 1
-    line = script.output.splitlines()[-1]
-    for part in ("CIFAR-10 is missing", str(cifar_copy.root), "Connection refused", "--synthetic"):
-        assert part in line
-    assert "Put cifar-10-python.tar.gz into" in line
-    assert "Traceback" not in script.output
+    *lines, last = script.output.splitlines(keepends=True)
+    assert lines == ["Centralized PyTorch training\n", "Load data\n", not_there(cifar_copy)]
+    for part in ("CIFAR-10 is missing", str(cifar_copy.root), cifar.DATA_URL, "Connection refused"):
+        assert part in last
+    assert "Put cifar-10-python.tar.gz there, or add --synthetic" in last
+
+
+def test_address_named_is_the_one_that_is_fetched():
+    assert cifar.DATA_URL == torchvision.datasets.CIFAR10.url
+
+
+@pytest.fixture
+def own_timeout():
+    """Leave the timeout of the other tests' connections alone: a download sets one for all."""
+    set_timeout, before = socket.setdefaulttimeout, socket.getdefaulttimeout()
+    yield set_timeout
+    set_timeout(before)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("junk"), ConnectionResetError("junk")])
+def test_whatever_stops_the_download_is_one_line(monkeypatch, tmp_path, own_timeout, error):
+    def read_images(root, download):
+        raise error if download else RuntimeError("not there")
+
+    monkeypatch.setattr(cifar, "read_images", read_images)
+    with pytest.raises(cifar.UserError, match=f"{cifar.DATA_URL} failed.*junk") as raised:
+        cifar.find_images(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_stalled_download_ends(small_root, monkeypatch, tmp_path, own_timeout, web):
+    """What the script waits for at most is made shorter here; were it for ever, this would fail."""
+    url, requests, go_on = web
+    go_on.clear()
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", url)
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: own_timeout(seconds / 100))
+    with pytest.raises(cifar.UserError, match="timed out"):
+        cifar.find_images(tmp_path)
+    requests.get(timeout=60)
 
 
 def test_archive_alone_is_enough(start, cifar_copy):
@@ -359,7 +527,7 @@ def test_damaged_archive_is_fetched_again(start, cifar_copy, web):
     archive.write_bytes(archive.read_bytes()[:-100])
     script = start("cifar.py", "--epochs", 1, cifar=cifar_copy)
     assert script.end() == 0, script.output
-    assert len(requests) == REQUESTS
+    assert requests.qsize() == REQUESTS
     assert "%" not in script.output, "a progress bar is for terminals"
 
 
@@ -368,27 +536,30 @@ def test_archive_is_fetched_once_even_if_the_first_is_killed(start, cifar_copy, 
     cifar_copy.attributes["url"], requests, go_on = web
     go_on.clear()
     first = start("cifar.py", "--epochs", 1, cifar=cifar_copy)
-    first.until("Fetching CIFAR-10")
+    requests.get(timeout=60)
     others = [start("cifar.py", "--epochs", 1, cifar=cifar_copy) for _ in range(2)]
-    for script in others:
-        script.until("Another process is fetching CIFAR-10")
+    for script in (first, *others):
+        script.until(not_there(cifar_copy))
     first.kill()
     go_on.set()
     assert [script.end() for script in others] == [0, 0], others[0].output + others[1].output
-    assert len(requests) == 1 + REQUESTS, "the killed one's first, and those of one other"
+    assert requests.qsize() == REQUESTS, "those of one of the others"
 
 
 def test_data_folder_that_cannot_be_made(start, cifar_copy):
     cifar_copy.root = cifar_copy.root / "cifar-10-python.tar.gz" / "below-a-file"
     script = start("cifar.py", cifar=cifar_copy)
     assert script.end() == 1
-    assert script.output.startswith("Centralized PyTorch training\nLoad data\nCannot write to")
-    assert "Traceback" not in script.output
+    *lines, last = script.output.splitlines(keepends=True)
+    assert lines == ["Centralized PyTorch training\n", "Load data\n", not_there(cifar_copy)]
+    assert re.search(f"failed.*'{re.escape(str(cifar_copy.root))}.*--synthetic", last)
 
 
 def test_wrong_flags_are_argparses_errors(call):
     output = call("cifar", "--epochs", "0", code=2)
     assert "argument --epochs: 0 is not between 1 and" in output
+    output = call("cifar", "--lr", "0", code=2)
+    assert "argument --lr: 0 is not between" in output
 
 
 def test_evaluate_needs_a_model(start):
@@ -397,10 +568,117 @@ def test_evaluate_needs_a_model(start):
     assert script.output == "Cannot read the model none.pt: No such file or directory.\n"
 
 
+def test_model_is_kept_where_the_user_says_and_nowhere_else(
+    call, small_root, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["cifar", "--epochs", 1, "--data-root", small_root, "--seed", 1]
+    without = call(*arguments)
+    assert os.listdir(tmp_path) == []
+    assert call(*arguments, "--model", "kept.pt") == without
+    assert os.listdir(tmp_path) == ["kept.pt"]
+    state_dict = torch.load("kept.pt", weights_only=True)
+    cifar.Net().load_state_dict(state_dict)
+    evaluated = call("cifar", "--data-root", small_root, "--evaluate", "kept.pt")
+    assert evaluated.splitlines()[-2:] == without.splitlines()[-2:]
+    assert os.listdir(tmp_path) == ["kept.pt"]
+
+
+@pytest.mark.parametrize("name", ["model", "model.json", "folder.pt", "none/model.pt"])
+def test_model_that_could_not_be_kept_is_refused_at_the_start(call, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path("folder.pt").mkdir()
+    output = call("cifar", "--synthetic", "--model", name, code=2)
+    assert f"argument --model: {name} is no file ending in .pt where one can be written" in output
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
+def test_model_in_a_folder_of_others_is_refused_at_the_start(call, tmp_path):
+    tmp_path.chmod(0o500)
+    output = call("cifar", "--synthetic", "--model", tmp_path / "model.pt", code=2)
+    assert "argument --model: " in output
+
+
+def test_link_to_a_model_is_followed(call, small_root, tmp_path):
+    (tmp_path / "link.pt").symlink_to(tmp_path / "kept.pt")
+    call("cifar", "--epochs", 1, "--data-root", small_root, "--model", tmp_path / "link.pt")
+    assert (tmp_path / "link.pt").is_symlink() and (tmp_path / "kept.pt").is_file()
+    (tmp_path / "link-to.json.pt").symlink_to(tmp_path / "model.json")
+    assert "argument --model: " in call("cifar", "--model", tmp_path / "link-to.json.pt", code=2)
+
+
+def evaluate(call, tmp_path, history, *arguments):
+    """Evaluate a model beside which this history is; return the lines before the result."""
+    torch.save(cifar.Net().state_dict(), tmp_path / "model.pt")
+    if history is not None:
+        (tmp_path / "model.json").write_bytes(history)
+    lines = call("cifar", "--evaluate", tmp_path / "model.pt", *arguments).splitlines()
+    assert lines[-3] == "Evaluate model"
+    assert lines[-2].startswith("Loss: ") and lines[-1].startswith("Accuracy: ")
+    return lines[:-3]
+
+
+def of_rounds(*data):
+    return json.dumps([{"round": 1, "data": each} for each in data]).encode()
+
+
+@pytest.mark.parametrize(
+    "history, trained_on",
+    [
+        (of_rounds("generated images"), "generated images"),
+        (
+            of_rounds("CIFAR-10", "generated images in 2 parts, alpha none"),
+            "generated images in 2 parts, alpha none",
+        ),
+    ],
+)
+def test_model_of_other_images_is_evaluated_with_a_warning(
+    call, small_root, tmp_path, history, trained_on
+):
+    lines = evaluate(call, tmp_path, history, "--data-root", small_root)
+    warning = f"Warning: this model was trained on {trained_on}, not on CIFAR-10"
+    assert [line for line in lines if "Warning" in line] == [warning]
+
+
+def test_warning_names_generated_images_too(call, tmp_path):
+    lines = evaluate(call, tmp_path, of_rounds("CIFAR-10"), "--synthetic")
+    warning = "Warning: this model was trained on CIFAR-10, not on generated images"
+    assert [line for line in lines if "Warning" in line] == [warning]
+
+
+NO_WARNING = {
+    "no history": None,
+    "the same": of_rounds("generated images", "CIFAR-10"),
+    "the same in parts": of_rounds("CIFAR-10 in 2 parts, alpha 0.5"),
+    "both": of_rounds("CIFAR-10 / generated images"),
+    "nothing": b"",
+    "half": of_rounds("generated images")[:-5],
+    "no rounds": b"[]",
+    "no list": b'{"data": "generated images"}',
+    "a number": b"7",
+    "no data": b'[{"round": 1}]',
+    "unknown data": b'[{"data": null}]',
+    "no text": b"\xff\xfe\xfd",
+}
+
+
+@pytest.mark.parametrize("history", NO_WARNING)
+def test_no_warning_without_a_reason(call, small_root, tmp_path, history):
+    lines = evaluate(call, tmp_path, NO_WARNING[history], "--data-root", small_root)
+    assert not [line for line in lines if "Warning" in line]
+
+
+def test_one_thread_unless_the_user_sets_another_number(start):
+    for env, threads in (({}, 1), ({"OMP_NUM_THREADS": "2"}, min(2, os.cpu_count() or 1))):
+        script = start("cifar.py", "--help", COLUMNS="200", **env)
+        assert script.end() == 0
+        assert re.search(rf"--threads .*\(default: {threads}\)\n", script.output), script.output
+
+
 def test_help_shows_every_default(call):
     expected = {
         "cifar.py": {"epochs": 2, "batch-size": 32, "lr": 0.001, "data-root": "~/data/cifar-10"}
-        | {"synthetic": False, "seed": None, "threads": 1, "evaluate": None},
+        | {"synthetic": False, "seed": None, "threads": 1, "model": None, "evaluate": None},
         "server.py": {"server-address": "127.0.0.1:8080", "rounds": 3, "min-clients": 2}
         | {"local-epochs": 1, "lr": 0.001, "round-timeout": None, "model": "global_model.pt"}
         | {"resume": False, "seed": None, "ssl-certfile": None, "ssl-keyfile": None}
@@ -416,3 +694,92 @@ def test_help_shows_every_default(call):
             flag, _, text = entry.partition(" ")
             flags[flag] = re.search(r"\(default: (.*)\)", " ".join(text.split()))[1]
         assert flags == {flag: str(default) for flag, default in defaults.items()}
+
+
+# How a script ends.
+
+
+@pytest.fixture
+def run_main(tmp_path):
+    """Run lines of Python as the scripts run their main(); return the exit code and what it printed."""
+
+    def run(lines, *, stdout=subprocess.PIPE, shell='exec "$@"', **env):
+        body = textwrap.indent(textwrap.dedent(lines), "    ")
+        (tmp_path / "program.py").write_text(
+            f"import sys, threading\nsys.path.insert(0, {str(ROOT)!r})\nimport cifar\n"
+            f"def main():\n{body}\ncifar.run_main(main)\n"
+        )
+        process = subprocess.run(
+            ["bash", "-c", shell, "bash", sys.executable, tmp_path / "program.py"],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+            env={k: v for k, v in os.environ.items() if k not in UNSET} | env,
+        )
+        return process.returncode, process.stdout, process.stderr
+
+    return run
+
+
+BUSY = "threading.Thread(target=threading.Event().wait).start()\n"  # it never ends
+
+
+def test_end_does_not_wait_for_threads(run_main):
+    assert run_main(BUSY + "print('done')") == (0, "done\n", "")
+
+
+def test_error_for_the_user_is_one_line(run_main):
+    code, out, err = run_main(BUSY + "print('begun')\nraise cifar.UserError('Put it there.')")
+    assert (code, out, err) == (1, "begun\n", "Put it there.\n")
+
+
+def test_defect_is_a_traceback(run_main):
+    code, out, err = run_main(BUSY + "print('begun')\nraise ValueError('a defect')")
+    assert (code, out) == (1, "begun\n")
+    assert err.startswith("Traceback") and err.endswith("\nValueError: a defect\n")
+
+
+def test_exit_code_is_argparses_or_flowers(run_main):
+    assert run_main(BUSY + "sys.exit(3)") == (3, "", "")
+    assert run_main(BUSY + "sys.exit('Port in use.')") == (1, "", "Port in use.\n")
+
+
+def test_nobody_reads_what_is_printed(run_main):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        code, _, err = run_main("while True:\n    print('line')", stdout=pipe)
+    assert code == 1 and err.count("\n") == 1
+    assert "Broken pipe" in err and "Traceback" not in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_disk_where_the_output_goes_is_full(run_main):
+    with open("/dev/full", "w") as full:
+        code, _, err = run_main("print('line')", stdout=full)
+    assert code == 1 and err.count("\n") == 1
+    assert "No space left" in err and "Traceback" not in err
+
+
+def test_output_may_be_closed(run_main):
+    assert run_main("print('line')", shell='exec "$@" >&-') == (0, "", "")
+
+
+def test_terminal_without_the_letters_gets_them_escaped(run_main):
+    lines = r"print('\u6570\u636e')"
+    assert run_main(lines, PYTHONIOENCODING="ascii") == (0, "\\u6570\\u636e\n", "")
+
+
+def test_lines_arrive_at_once_and_interrupt_ends_it(start, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import sys, threading\nsys.path.insert(0, {str(ROOT)!r})\nimport cifar\n"
+        "cifar.run_main(lambda: (print('begun'), threading.Event().wait()))\n"
+    )
+    script = start(program)
+    script.until("begun\n")
+    script.process.send_signal(signal.SIGINT)
+    assert script.end() == -signal.SIGINT
+    assert script.output == "begun\n"
