@@ -5,13 +5,13 @@ python3 cifar.py --evaluate global_model.pt   # only test a saved model
 
 import argparse
 import contextlib
+import http.client
 import io
 import json
 import os
 import signal
 import socket
 import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 DATASET = "CIFAR-10"
 DATA_ROOT = "~/data/cifar-10"
 DATA_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+Labelled = tuple[np.ndarray, np.ndarray]  # uint8 images (N, height, width, channels), N labels
 
 
 class Net(nn.Module):
@@ -95,7 +96,8 @@ def load_data(
     num_examples = {"trainset": len(trainset), "testset": len(testset)}
     part = f"Part {partition_id} of {num_partitions} of {data}"
     print(f"{part}: {len(trainset)} images to train on, {len(testset)} to test on")
-    print("Of each class, to train on:", *trainset.labels.bincount().tolist())
+    counts = np.bincount(trainset.labels, minlength=images[1].max() + 1)
+    print("Of each class, to train on:", *counts)
     on_gpu = torch.cuda.is_available()
     trainloader = DataLoader(
         trainset, batch_size=batch_size, shuffle=True, collate_fn=tuple, pin_memory=on_gpu
@@ -180,12 +182,13 @@ def main() -> None:
     else:
         print("Start training")
         train(net=net, trainloader=trainloader, epochs=args.epochs, device=device, lr=args.lr)
-        if args.model:
-            torch.save(net.state_dict(), args.model)
     print("Evaluate model")
     loss, accuracy = test(net=net, testloader=testloader, device=device)
     print("Loss: ", loss)
     print("Accuracy: ", accuracy)
+    if args.model:
+        torch.save(net.cpu().state_dict(), buffer := io.BytesIO())
+        args.model.write_bytes(buffer.getvalue())
 
 
 # A first reading may skip the rest: where the images come from, files, flags, and the end.
@@ -193,9 +196,6 @@ def main() -> None:
 
 class UserError(Exception):
     """What went wrong and what to do about it, in one line; run_main() prints it and exits 1."""
-
-
-Labelled = tuple[np.ndarray, np.ndarray]  # uint8 images (N, height, width, channels), N labels
 
 
 def read_images(root: Path, download: bool) -> tuple[Labelled, Labelled]:
@@ -217,14 +217,13 @@ def find_images(data_root: str | Path) -> tuple[Labelled, Labelled]:
             return read_images(root, download=False)
         print(f"{DATASET} is not in {root}: fetching it, or waiting for the process that does")
         socket.setdefaulttimeout(30)  # torchvision sets none: a stalled download would never end
-        # The progress bar is for a terminal; in a file it is thousands of lines.
-        progress = sys.stderr if sys.stderr.isatty() else io.StringIO()
+        progress = sys.stderr if sys.stderr.isatty() else io.StringIO()  # a bar is not for a file
         with FileLock(root / ".lock"), contextlib.redirect_stderr(progress):
             return read_images(root, download=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise UserError(
             f"{DATASET} is missing or incomplete in {data_root}, and fetching {DATA_URL} failed "
-            f"({error}). Put {Path(DATA_URL).name} there, or add --synthetic for generated images."
+            f"({' '.join(str(error).split())}). Put {Path(DATA_URL).name} there, or add --synthetic."
         ) from error
 
 
@@ -294,7 +293,7 @@ def check_parameters(net: nn.Module, arrays: Sequence[np.ndarray]) -> None:
         [f"{value.dtype}{tuple(value.shape)}".removeprefix("torch.") for value in values]
         for values in (net.state_dict().values(), arrays)
     )
-    for name, ours, theirs in zip_longest(net.state_dict(), *kinds):
+    for name, ours, theirs in zip_longest(net.state_dict(), *kinds, fillvalue="nothing"):
         if ours != theirs:
             raise UserError(f"{name} is {theirs} instead of {ours}, as of another network")
 
@@ -313,6 +312,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
 def parse_config(parser: argparse.ArgumentParser, config: Mapping[str, Any]) -> argparse.Namespace:
     """Parse a config of Flower's deployment engine as flags; those of other scripts are ignored."""
     flags = [f"--{k}" if v is True else f"--{k}={v}" for k, v in config.items() if v is not False]
+    parser.allow_abbrev = False
     return parser.parse_known_args(flags)[0]
 
 
@@ -330,7 +330,7 @@ def number(kind: type, low: float, high: float = 2**31 - 1) -> Callable[[str], A
 def model_path(text: str) -> Path:
     """Check, for argparse, that a model can be kept there; a symbolic link is followed."""
     path = Path(text).resolve() if Path(text).is_symlink() else Path(text)
-    if path.suffix != ".pt" or path.is_dir() or not os.access(path.parent, os.W_OK):
+    if path.suffix != ".pt" or path.is_dir() or not os.access(f"{path.parent}/.", os.W_OK):
         raise argparse.ArgumentTypeError(
             f"{text} is no file ending in .pt where one can be written"
         )
@@ -360,11 +360,11 @@ def run_main(main: Callable[[], None]) -> None:
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
         else:
-            code = stop.code
+            code = stop.code or 0
     except (UserError, OSError) as error:  # OSError: a full disk, or nobody reads what is printed
         print(error, file=sys.stderr)
     except BaseException:  # noqa: BLE001
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
     finally:
         os._exit(code)  # Python's own end waits for gRPC's threads, and takes a second longer
 

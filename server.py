@@ -65,6 +65,7 @@ class CifarServer(fl.server.Server):
         if args.seed is not None:
             torch.manual_seed(args.seed)
         self.net, self.history = open_model(args.model, args.resume)
+        self.resumed = len(self.history)
         config: Metrics = {"lr": args.lr, "local_epochs": args.local_epochs}
         strategy = make_strategy(to_parameters(self.net), config)
         super().__init__(client_manager=SimpleClientManager(), strategy=strategy)
@@ -94,15 +95,14 @@ class CifarServer(fl.server.Server):
 
     def run_round(self, timeout: float | None) -> dict[str, Any]:
         """Run one round of federated learning, return its record; UserError: it came to nothing."""
-        server_round = len(self.history) + 1
+        server_round = len(self.history) + 1 - self.resumed  # a strategy begins with 1
 
         # Wait for enough clients; whoever is there takes part.
         clients = wait_for_clients(self.client_manager(), self.args.min_clients)
         start = time.monotonic()
 
         # Tell them what to train: the global model's parameters, and how.
-        model = to_parameters(self.net)
-        to_train = self.strategy.configure_fit(server_round, model, clients)
+        to_train = self.strategy.configure_fit(server_round, to_parameters(self.net), clients)
         self.say(f"training on {len(to_train)} of {len(clients)} clients")
 
         # Train, each client on its own images.
@@ -133,7 +133,7 @@ class CifarServer(fl.server.Server):
 
         # From now on, the average is the global model.
         self.net, self.strategy, seconds = net, strategy, round(time.monotonic() - start, 3)
-        record = {"round": server_round, "loss": loss, "accuracy": metrics.get("accuracy")}
+        record = {"round": len(self.history) + 1, "loss": loss, "accuracy": metrics.get("accuracy")}
         return {**record, "clients": len(updates), "seconds": seconds, "data": data}
 
     def say(self, message: str) -> None:

@@ -10,7 +10,6 @@ Uses CIFAR-10 where it is there, else generated images of the same number and si
 
 import argparse
 import contextlib
-import gc
 import json
 import os
 import re
@@ -77,16 +76,19 @@ def there() -> bool:
     return (folder / "test_batch").exists()
 
 
+def generate(data_root: object) -> tuple[cifar.Labelled, cifar.Labelled]:
+    """Return generated images, as many as CIFAR-10 has."""
+    return cifar.synthesize(50_000, 1), cifar.synthesize(10_000, 2)
+
+
+if not there():
+    cifar.find_images = generate
+
+
 def our_loaders() -> tuple[DataLoader, DataLoader]:
     """Return this project's loaders of training and test images."""
-    if there():
+    with contextlib.redirect_stdout(None):
         return cifar.load_data()[:2]
-    trainset, testset = (
-        cifar.select(cifar.synthesize(count, seed), np.arange(count))
-        for count, seed in ((50_000, 1), (10_000, 2))
-    )
-    trainloader = DataLoader(trainset, batch_size=32, shuffle=True, collate_fn=tuple)
-    return trainloader, DataLoader(testset, batch_size=250, collate_fn=tuple)
 
 
 def plain_loaders() -> tuple[DataLoader, DataLoader]:
@@ -104,10 +106,7 @@ def plain_loaders() -> tuple[DataLoader, DataLoader]:
             for train in (True, False)
         )
     else:
-        trainset, testset = (
-            PlainImages(images, labels)
-            for images, labels in (cifar.synthesize(50_000, 1), cifar.synthesize(10_000, 2))
-        )
+        trainset, testset = (PlainImages(images, labels) for images, labels in generate(None))
     return DataLoader(trainset, 32, shuffle=True), DataLoader(testset, 32)
 
 
@@ -173,28 +172,24 @@ def plain_client(address: str) -> None:
 
 def our_client(address: str) -> None:
     """Take part as client.py does, and print when each phase begins and ends."""
-    gc.set_threshold(50_000)
     import client
-
-    torch.set_num_threads(1)
-    trainloader, testloader = our_loaders()
-    num_examples = {"trainset": len(trainloader.dataset), "testset": len(testloader.dataset)}
 
     class TimedClient(client.CifarClient):
         def fit(self, parameters, config):
-            print(f"phase {time.time()}", flush=True)
+            print(f"phase {time.time()}")
             result = super().fit(parameters, config)
-            print(f"end {time.time()}", flush=True)
+            print(f"end {time.time()}")
             return result
 
         def evaluate(self, parameters, config):
-            print(f"phase {time.time()}", flush=True)
+            print(f"phase {time.time()}")
             result = super().evaluate(parameters, config)
-            print(f"end {time.time()}", flush=True)
+            print(f"end {time.time()}")
             return result
 
-    timed = TimedClient(cifar.Net().to(DEVICE), trainloader, testloader, num_examples)
-    client.run(timed, address, 60, None)
+    client.CifarClient = TimedClient  # type: ignore[misc]
+    sys.argv = ["client.py", "--server-address", address]
+    cifar.run_main(client.main)
 
 
 def light_clients(address: str, count: str) -> None:
@@ -269,7 +264,7 @@ class Process:
         self.thread.join()
         output = "".join(line for _, line in self.lines)
         if self.process.returncode:
-            sys.exit(f"{self.process.args} ended with {self.process.returncode}:\n{output}")
+            sys.exit(f"{self.process.args!r} ended with {self.process.returncode}:\n{output}")
         return output
 
     def when(self, text: str) -> float:
@@ -371,18 +366,27 @@ def bench_test(repetitions: int) -> None:
 
 
 def bench_alone(repetitions: int) -> None:
-    """Time cifar.py as a whole, with one thread and with as many as it takes by itself."""
+    """Time cifar.py as a whole, by itself and beside a busy process, with more threads and plain."""
     if not there():
         return
     times: Times = {}
+    threads = str(os.cpu_count())
     for _ in range(repetitions):
-        for name, arguments in (("ours", []), ("ours with one thread", ["--threads", "1"])):
-            with timed(times, name):
-                Process(ROOT / "cifar.py", *arguments).wait()
+        for busy in ("", " beside a busy process"):
+            with contextlib.ExitStack() as stack:
+                if busy:
+                    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+                    stack.callback(process.kill)
+                with timed(times, f"ours{busy}"):
+                    Process(ROOT / "cifar.py").wait()
+                with timed(times, f"{threads} threads{busy}"):
+                    Process(ROOT / "cifar.py", "--threads", threads).wait()
         with timed(times, "plain"):
             own("plain_alone").wait()
     show("python3 cifar.py, 2 epochs", times, "ours", "plain")
-    show("", times, "ours", "ours with one thread")
+    show("", times, "ours", f"{threads} threads")
+    beside = " beside a busy process"
+    show(f"the same{beside}", times, f"ours{beside}", f"{threads} threads{beside}")
 
 
 def plain_alone() -> None:
@@ -469,8 +473,10 @@ def bench_clients(repetitions: int) -> None:
             output = server.wait()
             history = json.loads((Path(folder) / "model.json").read_text())
         seconds = [record["seconds"] for record in history]
-        failures = sum(int(text) for text in re.findall(r"(\d+) clients? dropped out", output))
-        answered = output.count(f", {count} clients, ")
+        failures = sum(
+            int(text) for text in re.findall(r"(\d+) of \d+ clients dropped out", output)
+        )
+        answered = output.count(f", clients {count}, ")
         print(
             f"{f'{count} clients that learn nothing':<36} {statistics.median(seconds):.3f} s a "
             f"round, server's peak memory {server.memory:.0f} MiB, {failures} failures, "
@@ -505,7 +511,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    functions = [plain_server, plain_client, our_client, light_clients, plain_alone]
+    functions: list[Callable[..., None]] = [plain_server, plain_client, our_client]
+    functions += [light_clients, plain_alone]
     chosen = {function.__name__: function for function in functions}
     if sys.argv[1:] and sys.argv[1] in chosen:
         chosen[sys.argv[1]](*sys.argv[2:])

@@ -1,4 +1,4 @@
-"""What the README tells its reader to do works as written: TLS, Flower's engine, the example."""
+"""What the README tells its reader to do works as written: TLS, Flower's engine, the examples."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -40,9 +41,23 @@ def free_ports(count: int) -> list[str]:
 @pytest.mark.parametrize("script", ["cifar", "server", "client"])
 def test_every_flag_is_in_the_readme(call, script):
     flags = set(re.findall(r"--[a-z][a-z-]+", call(script, "--help").partition("options:")[2]))
-    table = README[README.index(f"| {script}.py | default") :].partition("\n\n")[0]
-    rows = {flag for row in table.splitlines() for flag in re.findall("--[a-z][a-z-]+", row[:70])}
-    assert flags - {"--help"} == rows
+    section = README.partition("## Every flag\n")[2].partition("\n## ")[0]
+    (row,) = [line for line in section.splitlines() if line.startswith(f"| {script}.py | ")]
+    shared = section.partition("\n| script")[0] if script != "server" else ""
+    assert flags - {"--help"} - set(re.findall("--[a-z][a-z-]+", row + shared)) == set()
+    assert set(re.findall("`(--[a-z][a-z-]+)", row)) - flags == set()
+
+
+def test_chinese_section_gives_the_same_commands():
+    english, _, chinese = README.partition("\n## 中文\n")
+    fences = re.compile(r"^```(?:bash|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    known = {
+        line.removeprefix("$ ") for text in fences.findall(english) for line in text.split("\n")
+    }
+    commands = [line for text in fences.findall(chinese) for line in text.splitlines()]
+    assert len(commands) >= 8 and set(commands) <= known
+    assert len(chinese.splitlines()) <= 40
+    assert "(#中文)" in "".join(english.splitlines(keepends=True)[:10])
 
 
 # TLS.
@@ -64,7 +79,7 @@ def test_tls_lets_in_who_trusts_the_authority_and_tells_the_others_why(
     command = block("bash", "--ssl-certfile").replace("~/federation-tls", str(tls)).split()
     command[command.index("0.0.0.0:8080")] = address.replace("127.0.0.1", "0.0.0.0")
     server = start(*command[1:], "--min-clients", 1, "--rounds", 1)
-    server.until("Waiting for 1 client")
+    server.until("Waiting for clients: 0 of 1")
     assert "TLS on" in server.output and "Warning" not in server.output
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=other"]
@@ -73,10 +88,18 @@ def test_tls_lets_in_who_trusts_the_authority_and_tells_the_others_why(
     )
     arguments = ["client.py", "--server-address", address, "--wait", 2]
     plain = start(*arguments, cifar=small_cifar)
+    named = [
+        "client.py",
+        "--server-address",
+        address.replace("127.0.0.1", "127.0.0.2"),
+        *arguments[3:],
+    ]
+    elsewhere = start(*named, "--root-certificates", tls / "ca.pem", cifar=small_cifar)
     other = start(*arguments, "--root-certificates", tls / "other.pem", cifar=small_cifar)
     for client, reason in (
         (plain, "if it uses TLS, add --root-certificates"),
         (other, "is not from the authority in --root-certificates"),
+        (elsewhere, "its certificate does not name this host"),
     ):
         assert client.end() == 1
         assert reason in client.output.splitlines()[-1]
@@ -88,7 +111,7 @@ def test_tls_lets_in_who_trusts_the_authority_and_tells_the_others_why(
 
 def test_client_with_tls_is_told_that_the_server_has_none(start, address, small_cifar, tls):
     server = start("server.py", "--server-address", address.replace("127.0.0.1", "0.0.0.0"))
-    server.until("Waiting for 2 clients")
+    server.until("Waiting for clients: 0 of 2")
     assert "Warning: whoever reaches 0.0.0.0" in server.output
     arguments = ["--server-address", address, "--wait", 1, "--root-certificates", tls / "ca.pem"]
     client = start("client.py", *arguments, cifar=small_cifar)
@@ -164,20 +187,129 @@ def test_flowers_engine_runs_the_same_server_and_clients(tmp_path):
     assert (app / "global_model.pt").exists()
 
 
-def test_example_runs_as_written(tmp_path, start, address, small_cifar):
+# The examples.
+
+
+def apply(folder: Path, *texts: str) -> None:
+    """Copy the scripts into the folder, and apply the README's diffs with these texts."""
     for name in ("cifar.py", "client.py", "server.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "fedadam.diff").write_text(block("diff", "FedAdam"))
-    subprocess.run(["git", "apply", "fedadam.diff"], cwd=tmp_path, check=True)
-    arguments = ["--server-address", address, "--min-clients", 1, "--rounds", 1, "--seed", 1]
-    server = start(tmp_path / "server.py", *arguments)
-    client = start("client.py", "--server-address", address, cifar=small_cifar)
-    assert (server.end(), client.end()) == (0, 0), server.output
-    assert "refused" not in server.output
-    torch.manual_seed(1)
-    first = cifar.Net().state_dict()["fc3.bias"]
-    last = cifar.load_model(tmp_path / "global_model.pt")["fc3.bias"]
-    # Adam's first step is equally long for every weight, which FedAvg's never is.
-    steps = (last - first).abs()
-    torch.testing.assert_close(steps, steps.mean().expand(10), rtol=0.01, atol=0)
-    assert 0.01 < steps.mean() <= 0.02
+        shutil.copy(ROOT / name, folder)
+    for text in texts:
+        (folder / "example.diff").write_text(block("diff", text))
+        subprocess.run(["git", "apply", "example.diff"], cwd=folder, check=True)
+
+
+@pytest.fixture
+def federate(tmp_path, address, start):
+    """Run a federation of the scripts in the folder; return its history and a client's output."""
+
+    def run(rounds: int, client: list, *server: object) -> tuple[list[dict], str]:
+        arguments = ["--server-address", address]
+        serving = start(
+            tmp_path / "server.py", *arguments, "--rounds", rounds, "--seed", 1, *server
+        )
+        clients = [
+            start(tmp_path / "client.py", *arguments, "--seed", seed, *client) for seed in (1, 2)
+        ]
+        assert serving.end() == 0, serving.output
+        assert [each.end() for each in clients] == [0, 0], clients[0].output
+        assert "refused" not in serving.output
+        records = json.loads((tmp_path / "global_model.json").read_text())
+        assert [record["clients"] for record in records] == [2] * rounds
+        return records, clients[0].output
+
+    return run
+
+
+def evaluated(start, tmp_path, *arguments) -> float:
+    """Return the accuracy that cifar.py finds for the model that was kept."""
+    script = start(tmp_path / "cifar.py", *arguments, "--evaluate", "global_model.pt")
+    assert script.end() == 0, script.output
+    assert "Warning" not in script.output
+    return float(script.output.rpartition("Accuracy: ")[2])
+
+
+@pytest.mark.parametrize(
+    "rounds, examples",
+    [
+        (2, ["FedAvgM"]),
+        (1, ["FedAdam"]),
+        (1, ["DifferentialPrivacy"]),
+        (2, ["BatchNorm2d", "FedProx"]),
+    ],
+)
+def test_model_that_is_kept_is_the_one_that_was_tested(start, tmp_path, federate, rounds, examples):
+    apply(tmp_path, *examples)
+    records, _ = federate(rounds, ["--synthetic"])
+    accuracy = evaluated(start, tmp_path, "--synthetic")
+    assert records[-1]["accuracy"] == pytest.approx(accuracy, abs=1e-9)
+    state_dict = torch.load(tmp_path / "global_model.pt")
+    counts = [value for name, value in state_dict.items() if name.endswith("num_batches_tracked")]
+    assert len(counts) == (2 if "BatchNorm2d" in examples else 0)
+    for count in counts:
+        assert count.dtype == torch.int64 and count == rounds * 313
+    if "FedAdam" in examples:
+        # Adam's first step is equally long for every weight, which FedAvg's never is.
+        torch.manual_seed(1)
+        steps = (state_dict["fc3.bias"] - cifar.Net().state_dict()["fc3.bias"]).abs()
+        torch.testing.assert_close(steps, steps.mean().expand(10), rtol=0.01, atol=0)
+        assert 0.01 < steps.mean() <= 0.02
+
+
+def test_proximal_term_holds_the_weights_back(tmp_path, start):
+    """Its gradient is mu times the distance from the global weights."""
+    apply(tmp_path, "FedProx")
+    program = tmp_path / "distance.py"
+    program.write_text(
+        "import cifar, torch\n"
+        "def distance(mu):\n"
+        "    torch.manual_seed(1)\n"
+        "    net, loader = cifar.Net(), cifar.load_data(synthetic=True, num_partitions=9)[0]\n"
+        "    first = net.fc1.weight.detach().clone()\n"
+        "    cifar.train(net, loader, 3, torch.device('cpu'), 0.02, proximal_mu=mu)\n"
+        "    return (net.fc1.weight - first).norm().item()\n"
+        "print('distances', distance(0.0), distance(1.0))\n"
+    )
+    script = start(program)
+    assert script.end() == 0, script.output
+    free, held = map(float, script.output.split("distances")[1].split())
+    assert held < 0.8 * free
+
+
+def test_other_data_set_of_other_size_and_color(tmp_path, federate, start):
+    """Grey images of 28x28 in MNIST's format: a bright bar, whose place is the class."""
+    folder = tmp_path / "data" / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    random = np.random.RandomState(0)
+    for name, count in (("train", 2_000), ("t10k", 500)):
+        labels = np.arange(count, dtype=np.uint8) % 10
+        images = random.randint(100, size=(count, 28, 28)).astype(np.uint8)
+        for image, label in zip(images, labels):
+            image[2 * label + 4 : 2 * label + 7] += 150
+        head = [0x803, count, 28, 28]
+        content = b"".join(number.to_bytes(4, "big") for number in head) + images.tobytes()
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(content)
+        content = b"".join(number.to_bytes(4, "big") for number in (0x801, count))
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(content + labels.tobytes())
+    training = ["--lr", 0.05, "--local-epochs", 2]
+    data = ["--data-root", tmp_path / "data"]
+    apply(tmp_path, "MNIST")
+    records, output = federate(2, data, *training)
+    assert records[-1]["accuracy"] > 0.5 and records[-1]["data"] == "MNIST"
+    assert "of MNIST: 2000 images to train on, 500 to test on" in output
+    assert evaluated(start, tmp_path, *data) == pytest.approx(records[-1]["accuracy"], abs=1e-9)
+    assert torch.load(tmp_path / "global_model.pt")["conv1.weight"].shape == (6, 1, 5, 5)
+
+
+def test_both_sides_name_what_differs_between_their_networks(tmp_path, address, start, small_cifar):
+    apply(tmp_path, "BatchNorm2d")
+    server = start("server.py", "--server-address", address, "--rounds", 1)
+    good = start("client.py", "--server-address", address, "--synthetic")
+    other = start(tmp_path / "client.py", "--server-address", address, "--synthetic")
+    assert (server.end(), good.end(), other.end()) == (0, 0, 1), other.output
+    name = re.search(r"Client (.*)", other.output)[1]  # type: ignore[index]
+    line = "conv2.weight is float32(6,) instead of float32(16, 6, 5, 5), as of another network"
+    assert f"result of client '{name}' refused: {line}" in server.output
+    line = "norm1.weight is float32(16, 6, 5, 5) instead of float32(6,), as of another network"
+    assert other.output.splitlines()[-1] == line
+    assert "Traceback" not in other.output + server.output

@@ -1,8 +1,12 @@
 """server.py: its rounds, what it refuses, and what it keeps; with clients in this process."""
 
+import io
 import json
 import os
+import socket
 import stat
+import threading
+import types
 
 import numpy as np
 import pytest
@@ -176,8 +180,6 @@ def with_value(value):
 
 
 def archive():
-    import io
-
     content = io.BytesIO()
     np.savez(content, a=np.zeros(1))
     return content.getvalue()
@@ -195,15 +197,13 @@ BAD_UPDATES = {
     "conv2.weight is int64(16, 6, 5, 5) instead": lambda: fit_res(
         with_array(np.zeros((16, 6, 5, 5), int))
     ),
-    "fc3.bias is None instead of float32(10,)": lambda: fit_res(weights()[:-1]),
-    "None is float32(10,) instead of None": lambda: fit_res(weights() + weights()[-1:]),
-    "conv1.weight is None instead of": lambda: fit_res([]),
+    "fc3.bias is nothing instead of float32(10,)": lambda: fit_res(weights()[:-1]),
+    "nothing is float32(10,) instead of nothing": lambda: fit_res(weights() + weights()[-1:]),
+    "conv1.weight is nothing instead of": lambda: fit_res([]),
     "trained on 0 examples": lambda: fit_res(weights(), 0),
     "trained on -5 examples": lambda: fit_res(weights(), -5),
     "unreadable": lambda: FitRes(OK, Parameters([b"x"] * 10, "numpy.ndarray"), 1, {}),
-    "unreadable ": lambda: FitRes(
-        OK, Parameters([archive()] * 10, "numpy.ndarray"), 1, {}
-    ),
+    "unreadable ": lambda: FitRes(OK, Parameters([archive()] * 10, "numpy.ndarray"), 1, {}),
     "unreadable  ": lambda: FitRes(
         OK, Parameters([ndarrays_to_parameters(weights()).tensors[0][:-8]] * 10, ""), 1, {}
     ),
@@ -520,6 +520,25 @@ def test_resume_goes_on_after_the_last_round(make, tmp_path):
     np.testing.assert_array_equal(arrays_of(made)[0], weights(2)[0])
 
 
+def test_strategy_with_momentum_can_be_resumed(make, tmp_path, monkeypatch):
+    """FedAvgM begins its momentum in what it is told is the first round."""
+
+    def make_strategy(parameters, config):
+        return server.fl.server.strategy.FedAvgM(
+            min_fit_clients=1,
+            min_evaluate_clients=1,
+            min_available_clients=1,
+            initial_parameters=parameters,
+            evaluate_metrics_aggregation_fn=server.average_accuracy,
+            server_momentum=0.9,
+        )
+
+    monkeypatch.setattr(server, "make_strategy", make_strategy)
+    make(Client()).fit(1, None)
+    make(Client(), flags=["--resume"]).fit(3, None)
+    assert [record["round"] for record in history(tmp_path / "model.pt")] == [1, 2, 3]
+
+
 def test_killed_between_model_and_history_repeats_the_round(make, tmp_path):
     path = tmp_path / "model.pt"
     made = make(Client(fit_res(weights(1))))
@@ -710,8 +729,6 @@ def test_goodbye_waits_for_ten_seconds_at_the_most(make):
 
 def test_rounds_of_a_hundred_clients_run_at_once(make):
     """Each waits until all of them have been asked, which is never if some have to wait."""
-    import threading
-
     barrier = threading.Barrier(100)
 
     def update(ins):
@@ -736,8 +753,6 @@ def test_address_is_checked(capsys, monkeypatch):
 
 
 def test_every_address_of_a_host_counts(capsys, monkeypatch):
-    import socket
-
     def getaddrinfo(*args, **kwargs):
         kind = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
         return [(*kind, ("127.0.0.1", 0)), (*kind, ("0.0.0.0", 0))]
@@ -750,14 +765,14 @@ def test_every_address_of_a_host_counts(capsys, monkeypatch):
 def test_engine_gets_the_same_server_and_the_same_checks(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
-    class Context:
-        run_config = {"rounds": 5, "lr": 0.5, "resume": False, "batch-size": 8, "synthetic": True}
-
-    components = server.server_fn(Context)
+    context = types.SimpleNamespace(
+        run_config={"rounds": 5, "lr": 0.5, "resume": False, "batch-size": 8, "synthetic": True}
+    )
+    components = server.server_fn(context)
     assert (components.config.num_rounds, components.config.round_timeout) == (5, None)
     assert components.server.args.lr == 0.5
     components.server.lock.release()
-    Context.run_config = {"rounds": 0}
+    context.run_config = {"rounds": 0}
     with pytest.raises(SystemExit):
-        server.server_fn(Context)
+        server.server_fn(context)
     assert "argument --rounds: 0 is not between" in capsys.readouterr().err
