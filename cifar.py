@@ -93,18 +93,16 @@ def load_data(
         data, (images, test_images) = DATASET, find_images(data_root)
     trainset = Images(*images, partition(images[1], num_partitions, alpha)[partition_id])
     testset = Images(*test_images, partition(test_images[1], num_partitions)[partition_id])
-    num_examples = {"trainset": len(trainset), "testset": len(testset)}
     part = f"Part {partition_id} of {num_partitions} of {data}"
     print(f"{part}: {len(trainset)} images to train on, {len(testset)} to test on")
-    counts = np.bincount(trainset.labels, minlength=images[1].max() + 1)
-    print("Of each class, to train on:", *counts)
+    print("To train on, by class:", *np.bincount(trainset.labels, minlength=images[1].max() + 1))
     on_gpu = torch.cuda.is_available()
     trainloader = DataLoader(
         trainset, batch_size=batch_size, shuffle=True, collate_fn=tuple, pin_memory=on_gpu
     )
     # 250: the batch size does not change what test() returns, and here it is the fastest.
     testloader = DataLoader(testset, batch_size=250, collate_fn=tuple, pin_memory=on_gpu)
-    return trainloader, testloader, num_examples
+    return trainloader, testloader, {"trainset": len(trainset), "testset": len(testset)}
 
 
 def train(
@@ -205,8 +203,10 @@ def read_images(root: Path, download: bool) -> tuple[Labelled, Labelled]:
     """
     from torchvision.datasets import CIFAR10  # a second that the server can do without
 
-    trainset, testset = (CIFAR10(root, train=train, download=download) for train in (True, False))
-    return (trainset.data, np.array(trainset.targets)), (testset.data, np.array(testset.targets))
+    def read(dataset: CIFAR10) -> Labelled:
+        return np.ascontiguousarray(dataset.data), np.array(dataset.targets)
+
+    return read(CIFAR10(root, download=download)), read(CIFAR10(root, False, download=download))
 
 
 def find_images(data_root: str | Path) -> tuple[Labelled, Labelled]:

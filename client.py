@@ -141,7 +141,7 @@ HINTS = {  # what gRPC says, in many words, and what it means
     "Connection refused": "Connection refused (is it running?)",
     "Socket closed": "it closed the connection; if it uses TLS, add --root-certificates",
     "WRONG_VERSION_NUMBER": "it does not use TLS, leave --root-certificates out",
-    "CERTIFICATE_VERIFY_FAILED": "its certificate is not from the authority in --root-certificates, or has expired",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not from the authority in --root-certificates",
     "Custom verification check failed": "its certificate does not name this host",
     "Failed to create security handshaker": "--root-certificates holds no certificate",
     "errors resolving": "the host is not known",

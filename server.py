@@ -41,7 +41,7 @@ import cifar
 
 
 def make_strategy(parameters: Parameters, config: Metrics) -> fl.server.strategy.Strategy:
-    """Return how the clients' models become one: any strategy of Flower's, or a wrapper around it."""
+    """Return how the clients' models become one: any strategy of Flower's, or a wrapper of it."""
     return fl.server.strategy.FedAvg(
         min_fit_clients=1,  # run_round() waits for enough clients, and whoever is there takes part
         min_evaluate_clients=1,
@@ -82,8 +82,7 @@ class CifarServer(fl.server.Server):
                 failed += 1
                 self.say(f"nothing came of it: {error}. The model stays as it was.")
                 if failed == 3:
-                    stop = "Nothing came of three rounds in a row: --resume goes on after the last."
-                    raise cifar.UserError(stop) from error
+                    raise cifar.UserError("3 rounds in a row failed: --resume goes on") from error
                 continue
             try:
                 save(self.args.model, self.net, [*self.history, record])
@@ -114,8 +113,8 @@ class CifarServer(fl.server.Server):
         if not updates:
             raise cifar.UserError("no update can be averaged")
 
-        # Average: w = sum of n_k / n * w_k over the clients k, each with weights w_k from n_k of all n
-        # images. Sorted, because a sum of floats depends on its order, but must not on who is first.
+        # Average: w = sum of n_k / n * w_k over the clients k, with weights w_k from n_k of all n
+        # images. Sorted: a sum of floats depends on its order, but must not on who is first.
         updates.sort(key=lambda update: update[1].parameters.tensors)
         strategy = copy.deepcopy(self.strategy)  # for the case that the round comes to nothing
         average, _ = strategy.aggregate_fit(server_round, updates, [])
@@ -193,7 +192,7 @@ def to_parameters(net: cifar.Net) -> Parameters:
 
 
 def to_net(parameters: Parameters | None) -> cifar.Net:
-    """Return a network with these parameters in its own types; raises UserError for NaN and none."""
+    """Return a network with these parameters in its own types; raises UserError for a NaN."""
     net = cifar.Net()
     arrays = fl.common.parameters_to_ndarrays(parameters) if parameters else [np.array(np.nan)]
     for (name, value), array in zip(net.state_dict().items(), map(torch.from_numpy, arrays)):
@@ -218,7 +217,7 @@ def wait_for_clients(manager: fl.server.ClientManager, min_clients: int) -> Simp
 
 
 def accept(results: list, failures: list, check: Callable[[Any], None], say: Callable) -> list:
-    """Return the (client, result) pairs that pass; name the others, and count who gave no result."""
+    """Return the (client, result) pairs that pass; name the others, and count who gave none."""
     accepted = []
     answers = [failure for failure in failures if isinstance(failure, tuple)]
     for client, result in [*results, *answers]:
@@ -242,7 +241,7 @@ def check_update(update: FitRes, net: cifar.Net) -> None:
     update.parameters.tensors = update.parameters.tensors[: len(net.state_dict()) + 1]  # no million
     arrays = fl.common.parameters_to_ndarrays(update.parameters)
     cifar.check_parameters(net, arrays)
-    # BatchNorm's count of batches is an integer, of which Flower would make 0: it multiplies in place.
+    # Flower multiplies in place, and so would make 0 of an integer, like BatchNorm's count.
     floats = [array if array.dtype.kind == "f" else array.astype(float) for array in arrays]
     update.parameters = fl.common.ndarrays_to_parameters(floats)
     to_net(update.parameters)  # are they finite?
@@ -257,7 +256,7 @@ def check_test(test: EvaluateRes) -> None:
 
 
 def compare_data(updates: list, say_once: Callable[[str], None]) -> str:
-    """Say what each client holds, and what of it does not fit together; return the kinds of data."""
+    """Say what each client holds, and what does not fit together; return the kinds of data."""
     held = []
     for client, update in updates:
         facts = {"client": client.cid, "data": "unknown data", "part": "all", **update.metrics}
@@ -337,7 +336,7 @@ def check_address(address: str, encrypted: bool) -> None:
 
 
 def hear_of_clients_that_left() -> None:
-    """Tell Flower, which asks to be told of a call's end, of one that ended before it asked, too."""
+    """Tell Flower of the end of a call also where it ended before Flower asked to be told."""
     add_callback = _server._Context.add_callback
     _server._Context.add_callback = lambda self, call: add_callback(self, call) or call()
 

@@ -110,7 +110,7 @@ def test_load_data_says_what_it_holds(small_root, capsys):
     cifar.load_data(data_root=small_root)
     assert capsys.readouterr().out == (
         "Part 0 of 1 of CIFAR-10: 500 images to train on, 100 to test on\n"
-        "Of each class, to train on: 50 50 50 50 50 50 50 50 50 50\n"
+        "To train on, by class: 50 50 50 50 50 50 50 50 50 50\n"
     )
     cifar.load_data(synthetic=True, partition_id=1, num_partitions=3)
     line = "Part 1 of 3 of generated images: 3333 images to train on, 667 to test on\n"

@@ -402,7 +402,7 @@ def test_server_ends_if_no_update_is_any_good(start_server, address, tmp_path):
     assert server.end() == 1
     assert server.output.count("Round 1/3: nothing came of it: no update can be averaged") == 3
     last = server.output.splitlines()[-1]
-    assert "three rounds in a row: --resume goes on" in last
+    assert "3 rounds in a row failed: --resume goes on" in last
     assert "Traceback" not in server.output
     assert history(tmp_path) == []
 

@@ -353,7 +353,7 @@ def test_round_without_a_good_update_is_tried_again_but_not_for_ever(make, capsy
     client = Client(RuntimeError())
     made = make(client)
     before = arrays_of(made)
-    with pytest.raises(cifar.UserError, match="three rounds in a row: --resume goes on"):
+    with pytest.raises(cifar.UserError, match="3 rounds in a row failed: --resume goes on"):
         made.fit(3, None)
     assert [kind for kind, _ in client.asked] == ["fit"] * 3
     out = capsys.readouterr().out
