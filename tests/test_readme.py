@@ -175,7 +175,7 @@ def test_flowers_engine_runs_the_same_server_and_clients(tmp_path):
         start_until(superlink, "running on http")
         for supernode in supernodes:
             start_until(supernode, "SuperNode ID")
-        start_until(run, "Run finished 3 round(s)")
+        start_until(f"{run} --run-config rounds=1", "Run finished 1 round(s)")
     finally:
         watchdog.cancel()
         for process in started:
@@ -183,7 +183,7 @@ def test_flowers_engine_runs_the_same_server_and_clients(tmp_path):
         for process in started:
             process.wait(30)
     history = json.loads((app / "global_model.json").read_text())
-    assert [(record["round"], record["clients"]) for record in history] == [(1, 2), (2, 2), (3, 2)]
+    assert [(record["round"], record["clients"]) for record in history] == [(1, 2)]
     assert (app / "global_model.pt").exists()
 
 
