@@ -176,7 +176,7 @@ def main() -> None:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             trained_on = json.loads(args.evaluate.with_suffix(".json").read_bytes())[-1]["data"]
             if data not in trained_on:
-                print(f"Warning: this model was trained on {trained_on}, not on {data}")
+                print(f"Warning: this model was trained on {trained_on!r}, not on {data}")
     else:
         print("Start training")
         train(net=net, trainloader=trainloader, epochs=args.epochs, device=device, lr=args.lr)

@@ -636,13 +636,13 @@ def test_model_of_other_images_is_evaluated_with_a_warning(
     call, small_root, tmp_path, history, trained_on
 ):
     lines = evaluate(call, tmp_path, history, "--data-root", small_root)
-    warning = f"Warning: this model was trained on {trained_on}, not on CIFAR-10"
+    warning = f"Warning: this model was trained on {trained_on!r}, not on CIFAR-10"
     assert [line for line in lines if "Warning" in line] == [warning]
 
 
 def test_warning_names_generated_images_too(call, tmp_path):
     lines = evaluate(call, tmp_path, of_rounds("CIFAR-10"), "--synthetic")
-    warning = "Warning: this model was trained on CIFAR-10, not on generated images"
+    warning = "Warning: this model was trained on 'CIFAR-10', not on generated images"
     assert [line for line in lines if "Warning" in line] == [warning]
 
 
