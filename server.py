@@ -241,10 +241,12 @@ def check_update(update: FitRes, net: cifar.Net) -> None:
     update.parameters.tensors = update.parameters.tensors[: len(net.state_dict()) + 1]  # no million
     arrays = fl.common.parameters_to_ndarrays(update.parameters)
     cifar.check_parameters(net, arrays)
+    for name, array in zip(net.state_dict(), arrays):
+        if not np.isfinite(array).all():
+            raise cifar.UserError(f"NaN or infinity in {name}")
     # Flower multiplies in place, and so would make 0 of an integer, like BatchNorm's count.
     floats = [array if array.dtype.kind == "f" else array.astype(float) for array in arrays]
     update.parameters = fl.common.ndarrays_to_parameters(floats)
-    to_net(update.parameters)  # are they finite?
 
 
 def check_test(test: EvaluateRes) -> None:
@@ -277,9 +279,7 @@ def open_model(path: Path, resumed: bool) -> tuple[cifar.Net, list[dict[str, Any
     if resumed:
         net, history = cifar.load_model(path), []
         try:
-            history = [
-                each for each in list(json.loads(history_path.read_bytes())) if figures(each)
-            ]
+            history = [each for each in json.loads(history_path.read_bytes()) if figures(each)]
         except FileNotFoundError:
             print(f"{history_path} is missing: going on with the model alone, from round 1")
         except (OSError, ValueError, LookupError, TypeError) as error:

@@ -91,6 +91,22 @@ def history(path):
     return json.loads(path.with_suffix(".json").read_text())
 
 
+def use_strategy(monkeypatch, kind, **settings):
+    """Have the server make this strategy of Flower's, as make_strategy() makes its own."""
+
+    def make_strategy(parameters, config):
+        return kind(
+            min_fit_clients=1,
+            min_evaluate_clients=1,
+            min_available_clients=1,
+            initial_parameters=parameters,
+            evaluate_metrics_aggregation_fn=server.average_accuracy,
+            **settings,
+        )
+
+    monkeypatch.setattr(server, "make_strategy", make_strategy)
+
+
 def arrays_of(made):
     return [value.numpy() for value in made.net.state_dict().values()]
 
@@ -401,17 +417,7 @@ def test_average_that_nobody_can_test_is_not_kept(make, capsys):
 def test_strategy_forgets_the_round_of_which_nothing_came(make, monkeypatch):
     """FedAdam keeps a state of its own, which would carry a lost average into the next round."""
 
-    def make_strategy(parameters, config):
-        return server.fl.server.strategy.FedAdam(
-            min_fit_clients=1,
-            min_evaluate_clients=1,
-            min_available_clients=1,
-            initial_parameters=parameters,
-            evaluate_metrics_aggregation_fn=server.average_accuracy,
-            eta=0.1,
-        )
-
-    monkeypatch.setattr(server, "make_strategy", make_strategy)
+    use_strategy(monkeypatch, server.fl.server.strategy.FedAdam, eta=0.1)
 
     def run(*rounds):
         client = Client()
@@ -523,17 +529,7 @@ def test_resume_goes_on_after_the_last_round(make, tmp_path):
 def test_strategy_with_momentum_can_be_resumed(make, tmp_path, monkeypatch):
     """FedAvgM begins its momentum in what it is told is the first round."""
 
-    def make_strategy(parameters, config):
-        return server.fl.server.strategy.FedAvgM(
-            min_fit_clients=1,
-            min_evaluate_clients=1,
-            min_available_clients=1,
-            initial_parameters=parameters,
-            evaluate_metrics_aggregation_fn=server.average_accuracy,
-            server_momentum=0.9,
-        )
-
-    monkeypatch.setattr(server, "make_strategy", make_strategy)
+    use_strategy(monkeypatch, server.fl.server.strategy.FedAvgM, server_momentum=0.9)
     make(Client()).fit(1, None)
     make(Client(), flags=["--resume"]).fit(3, None)
     assert [record["round"] for record in history(tmp_path / "model.pt")] == [1, 2, 3]
