@@ -1,20 +1,23 @@
-"""Centralized training: an ordinary PyTorch program that knows nothing of federated learning.
+"""Centralized training of a small CNN on CIFAR-10: plain PyTorch, nothing federated yet.
 
-python3 cifar.py --evaluate global_model.pt   # only test a saved model
+python3 cifar.py                               # train for 2 epochs, then evaluate
+python3 cifar.py --evaluate global_model.pt    # evaluate a saved model
 """
 
 import argparse
-import contextlib
+import difflib
+import errno
 import http.client
 import io
 import json
+import logging
 import os
-import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from itertools import zip_longest
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -22,16 +25,24 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 DATASET = "CIFAR-10"
 DATA_ROOT = "~/data/cifar-10"
 DATA_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-Labelled = tuple[np.ndarray, np.ndarray]  # uint8 images (N, height, width, channels), N labels
+IMAGE_SHAPE = (32, 32, 3)  # height, width, channels
+LEARNING_RATE = 0.001
+DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
 
 class Net(nn.Module):
-    """A small CNN for 32x32 images: (N, 3, 32, 32) floats to (N, 10) class scores."""
+    """A small CNN: float images (N, 3, 32, 32) to class scores (N, 10)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,24 +64,30 @@ class Net(nn.Module):
 
 
 class Images(Dataset):
-    """Images that stay bytes in memory and become normalized floats a whole batch at a time.
+    """Images kept as bytes, and converted to normalized floats one batch at a time.
 
-    `part` are the indices of those to take. What a DataLoader fetches is a batch: `collate_fn=tuple`.
+    Indexed by a list, it returns a batch, which is much faster than collating single images.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, part: np.ndarray) -> None:
-        if len(part) < len(labels):  # all of them are not copied
-            images, labels = images[part], labels[part]
-        self.images, self.labels = torch.from_numpy(images), torch.from_numpy(labels).long()
+    def __init__(self, name: str, images: Any, labels: Any, classes: Sequence[str] = ()) -> None:
+        self.name = name
+        self.images = torch.as_tensor(images)  # uint8 (N, height, width, channels)
+        self.labels = torch.as_tensor(labels, dtype=torch.int64)
+        self.classes = classes or [f"class {i}" for i in range(int(self.labels.max()) + 1)]
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """Return floats (len(indices), channels, height, width) in [-1, 1], and int64 labels."""
         index = torch.tensor(indices)
-        images = self.images.index_select(0, index).permute(0, 3, 1, 2)  # channels_last: fast pools
+        images = self.images.index_select(0, index)
+        images = images.permute(0, 3, 1, 2)  # channels_last in memory: pooling is faster
         return images.float().div_(255).sub_(0.5).div_(0.5), self.labels[index]
+
+    def subset(self, indices: np.ndarray) -> "Images":
+        """Return a dataset of only these images."""
+        return Images(self.name, self.images[indices], self.labels[indices], self.classes)
 
 
 def load_data(
@@ -81,32 +98,38 @@ def load_data(
     num_partitions: int = 1,
     alpha: float | None = None,
 ) -> tuple[DataLoader, DataLoader, dict[str, int]]:
-    """Load one client's part of CIFAR-10, by default all of it (training and test set).
+    """Load CIFAR-10 (training and test set), or one client's partition of it.
 
-    Batches are float images (N, 3, 32, 32) in [-1, 1] and int64 labels (N,). May raise UserError.
+    Batches are float images (N, 3, 32, 32) in [-1, 1] and int64 labels (N,). Raises UserError.
     """
     if not 0 <= partition_id < num_partitions:
-        raise UserError(f"There is no part {partition_id} of {num_partitions}: they count from 0.")
+        allowed = f"use 0 to {num_partitions - 1} with --num-partitions {num_partitions}"
+        raise UserError(f"--partition-id {partition_id} is out of range: {allowed}.")
     if synthetic:
-        data, images, test_images = "generated images", synthesize(10_000, 1), synthesize(2_000, 2)
+        trainset, testset = synthesize(10_000, seed=1), synthesize(2_000, seed=2)
     else:
-        data, (images, test_images) = DATASET, find_images(data_root)
-    trainset = Images(*images, partition(images[1], num_partitions, alpha)[partition_id])
-    testset = Images(*test_images, partition(test_images[1], num_partitions)[partition_id])
-    part = f"Part {partition_id} of {num_partitions} of {data}"
-    print(f"{part}: {len(trainset)} images to train on, {len(testset)} to test on")
-    print("To train on, by class:", *np.bincount(trainset.labels, minlength=images[1].max() + 1))
-    on_gpu = torch.cuda.is_available()
-    trainloader = DataLoader(
-        trainset, batch_size=batch_size, shuffle=True, collate_fn=tuple, pin_memory=on_gpu
-    )
-    # 250: the batch size does not change what test() returns, and here it is the fastest.
-    testloader = DataLoader(testset, batch_size=250, collate_fn=tuple, pin_memory=on_gpu)
+        trainset, testset = find_images(data_root)
+    if num_partitions > 1:
+        partitions = partition(trainset.labels.numpy(), num_partitions, alpha)
+        trainset = trainset.subset(partitions[partition_id])
+        # Test images are always IID, so that the clients' mean is the accuracy on all of them.
+        testset = testset.subset(partition(testset.labels.numpy(), num_partitions)[partition_id])
+    sizes = f"{len(trainset)} training / {len(testset)} test images"
+    print(f"{trainset.name}, partition {partition_id} of {num_partitions}: {sizes}")
+    counts = trainset.labels.bincount(minlength=len(trainset.classes))
+    print("Training images per class:", *counts.tolist())
+    trainloader = make_loader(trainset, RandomSampler(trainset), batch_size)
+    # 250 is the fastest here; the batch size does not change what test() returns.
+    testloader = make_loader(testset, SequentialSampler(testset), 250)
     return trainloader, testloader, {"trainset": len(trainset), "testset": len(testset)}
 
 
 def train(
-    net: nn.Module, trainloader: DataLoader, epochs: int, device: torch.device, lr: float = 0.001
+    net: nn.Module,
+    trainloader: DataLoader,
+    epochs: int,
+    device: torch.device,
+    lr: float = LEARNING_RATE,
 ) -> None:
     """Train the network."""
     # Define loss and optimizer
@@ -128,14 +151,14 @@ def train(
             loss.backward()
             optimizer.step()
             # print statistics
-            running_loss += loss.detach()  # not .item(), for which a GPU would have to stop
+            running_loss += loss.detach()  # not .item(): a GPU would have to wait for it
             if i % 100 == 99 or i + 1 == len(trainloader):  # every 100 mini-batches, and the last
                 print(f"[{epoch + 1}, {i + 1:5d}] loss: {running_loss.item() / (i % 100 + 1):.3f}")
                 running_loss.zero_()
 
 
 def test(net: nn.Module, testloader: DataLoader, device: torch.device) -> tuple[float, float]:
-    """Validate the network on the entire test set: mean loss an example, and accuracy."""
+    """Validate the network on the entire test set: mean loss per example, and accuracy."""
     criterion = nn.CrossEntropyLoss(reduction="sum")
     correct = 0
     total = 0
@@ -153,125 +176,172 @@ def test(net: nn.Module, testloader: DataLoader, device: torch.device) -> tuple[
     return loss / total, correct / total
 
 
-def main() -> None:
-    """Train on one machine what the clients train together, or evaluate a saved model."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.description = f"Centralized PyTorch training on {DATASET}."
-    parser.add_argument("--epochs", type=number(int, 1), default=2, help="passes over the images")
-    parser.add_argument("--lr", type=number(float, 1e-9), default=0.001, help="learning rate")
-    add_shared_arguments(parser)
-    parser.add_argument("--model", metavar="FILE", type=model_path, help="keep the weights there")
-    parser.add_argument("--evaluate", metavar="MODEL", type=Path, help="only test this model")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.seed is not None:
-        torch.manual_seed(args.seed)
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    net = (load_model(args.evaluate) if args.evaluate else Net()).to(device)
-    print(f"Model {args.evaluate}" if args.evaluate else "Centralized PyTorch training")
-    print("Load data")
-    trainloader, testloader, _ = load_data(args.batch_size, args.data_root, args.synthetic)
-    if args.evaluate:
-        data = "generated images" if args.synthetic else DATASET
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            trained_on = json.loads(args.evaluate.with_suffix(".json").read_bytes())[-1]["data"]
-            if data not in trained_on:
-                print(f"Warning: this model was trained on {trained_on!r}, not on {data}")
-    else:
-        print("Start training")
-        train(net=net, trainloader=trainloader, epochs=args.epochs, device=device, lr=args.lr)
-    print("Evaluate model")
-    loss, accuracy = test(net=net, testloader=testloader, device=device)
-    print("Loss: ", loss)
-    print("Accuracy: ", accuracy)
-    if args.model:
-        torch.save(net.cpu().state_dict(), buffer := io.BytesIO())
-        args.model.write_bytes(buffer.getvalue())
+# Utilities: skip on first reading. Data, models, command line; main() is at the end.
 
 
-# A first reading may skip the rest: where the images come from, files, flags, and the end.
+# Flower and gRPC read these when imported, which is why client.py and server.py import cifar first.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_LOG_LEVEL", "WARNING")
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 class UserError(Exception):
-    """What went wrong and what to do about it, in one line; run_main() prints it and exits 1."""
+    """An expected error: one line that says what is wrong and what to do. See run_main()."""
 
 
-def read_images(root: Path, download: bool) -> tuple[Labelled, Labelled]:
-    """Return the training and the test images below `root`; raises RuntimeError without them.
+def read_images(root: Path, download: bool) -> tuple[Images, Images]:
+    """Return the training and the test set.
 
-    Nothing else knows the data set: sizes, channels and classes follow from what this returns.
+    The only dataset-specific code besides Net and the constants at the top. Raises RuntimeError,
+    as torchvision does, if the dataset is missing and may not be downloaded.
     """
-    from torchvision.datasets import CIFAR10  # a second that the server can do without
+    from torchvision.datasets import CIFAR10  # lazy import: saves the server a second
 
-    def read(dataset: CIFAR10) -> Labelled:
-        return np.ascontiguousarray(dataset.data), np.array(dataset.targets)
+    def read(dataset: CIFAR10) -> Images:
+        images = np.ascontiguousarray(dataset.data)
+        return Images(DATASET, images, dataset.targets, dataset.classes)
 
-    return read(CIFAR10(root, download=download)), read(CIFAR10(root, False, download=download))
+    trainset = read(CIFAR10(root, train=True, download=download))
+    return trainset, read(CIFAR10(root, train=False, download=download))
 
 
-def find_images(data_root: str | Path) -> tuple[Labelled, Labelled]:
-    """Return read_images(), downloaded first, by one process, if need be; raises UserError."""
+def find_images(data_root: str | Path) -> tuple[Images, Images]:
+    """Return read_images(), downloading the dataset if it is missing; raises UserError."""
+    root = Path(data_root).expanduser()
+    if root.is_file():
+        raise UserError(f"--data-root {root} is a file, not a directory.")
     try:
-        root = Path(data_root).expanduser()
-        with contextlib.suppress(RuntimeError):  # what torchvision raises for a missing file
-            return read_images(root, download=False)
-        print(f"{DATASET} is not in {root}: fetching it, or waiting for the process that does")
-        socket.setdefaulttimeout(30)  # torchvision sets none: a stalled download would never end
-        progress = sys.stderr if sys.stderr.isatty() else io.StringIO()  # a bar is not for a file
-        with FileLock(root / ".lock"), contextlib.redirect_stderr(progress):
+        return read_images(root, download=False)
+    except OSError as error:
+        raise UserError(f"Cannot read {DATASET}: {error}. Check --data-root.") from error
+    except RuntimeError as error:
+        if "download=True" not in str(error):  # torchvision's words for a missing dataset
+            raise
+    print(f"{DATASET} is not in {root}: downloading (or waiting for another process to do so)")
+    progress = sys.stderr if sys.stderr.isatty() else io.StringIO()  # a bar is not for a file
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # torchvision sets none: a stalled download would never end
+    try:
+        with FileLock(root / ".lock"), redirect_stderr(progress):
             return read_images(root, download=True)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
-        raise UserError(
-            f"{DATASET} is missing or incomplete in {data_root}, and fetching {DATA_URL} failed "
-            f"({' '.join(str(error).split())}). Put {Path(DATA_URL).name} there, or add --synthetic."
-        ) from error
+        reason = " ".join(str(error).split())
+        todo = f"Put {Path(DATA_URL).name} there, or use --synthetic."
+        message = f"Cannot download {DATASET} from {DATA_URL} to {root} ({reason}). {todo}"
+        raise UserError(message) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
 
 
-def synthesize(num_images: int, seed: int) -> Labelled:
-    """Generate images that a CNN can learn: a class is a coarse pattern, shifted and under noise."""
-    # RandomState, here and below, because NumPy promises that its numbers never change.
-    patterns = np.random.RandomState(0).randint(2, size=(10, 3, 4, 4), dtype=np.uint8)
-    patterns = 14 + 100 * patterns.repeat(8, axis=2).repeat(8, axis=3)
+def synthesize(num_images: int, seed: int) -> Images:
+    """Generate images of ten classes: each is a coarse pattern, shifted and under noise."""
+    height, width, channels = IMAGE_SHAPE
+    # RandomState, here and below: NumPy guarantees that its numbers never change.
+    patterns = np.random.RandomState(0).randint(2, size=(10, channels, 4, 4), dtype=np.uint8)
+    patterns = 14 + 100 * patterns.repeat(-(-height // 4), axis=2).repeat(-(-width // 4), axis=3)
     random = np.random.RandomState(seed)
-    images = random.randint(128, size=(num_images, 3, 32, 32), dtype=np.uint8)
+    images = random.randint(128, size=(num_images, channels, height, width), dtype=np.uint8)
     labels = np.arange(num_images) % 10
-    for image, label, shift in zip(images, labels, random.randint(-4, 5, size=(num_images, 2))):
-        image += np.roll(patterns[label], shift, axis=(1, 2))
-    return images.transpose(0, 2, 3, 1), labels
+    shifts = random.randint(-4, 5, size=(num_images, 2))
+    for image, label, shift in zip(images, labels, shifts, strict=True):
+        image += np.roll(patterns[label], shift, axis=(1, 2))[:, :height, :width]
+    return Images("generated images", images.transpose(0, 2, 3, 1), labels)
 
 
 def partition(
     labels: np.ndarray, num_partitions: int, alpha: float | None = None
 ) -> list[np.ndarray]:
-    """Deal the images with these labels into disjoint parts, the same on every machine.
+    """Split the indices of these labels into disjoint partitions, the same on every machine.
 
-    Returns sorted indices. With `alpha`, each part's mixture of the classes is drawn from Dirichlet
-    (alpha * p), p uniform (Hsu, Qi, Brown 2019, https://arxiv.org/abs/1909.06335).
+    IID, or with `alpha` non-IID: for each class, the partitions' shares are drawn from
+    Dirichlet(alpha) (Li, Diao, Chen, He 2022, https://arxiv.org/abs/2102.02079).
     """
-    if not 0 < num_partitions <= len(labels) or not (alpha is None or 0.001 <= alpha <= 1e6):
-        how = f"into {num_partitions} parts with alpha {alpha} (which is 0.001 to 1000000)"
-        raise UserError(f"{len(labels)} images cannot be dealt {how}.")
+    if num_partitions > len(labels):
+        raise UserError(f"--num-partitions {num_partitions} is too many for {len(labels)} images.")
     random = np.random.RandomState(2019)
     order = random.permutation(len(labels))
     if alpha is None:
-        return [np.sort(order[part::num_partitions]) for part in range(num_partitions)]
-    classes = [order[labels[order] == label] for label in range(labels.max() + 1)]
-    parts = []
-    for part in range(num_partitions):
-        size = (len(labels) + part) // num_partitions
-        # A draw from the Dirichlet distribution, as logarithms: for a small alpha it underflows.
-        a = alpha / len(classes)
-        log_share = np.log(random.gamma(a + 1, size=len(classes)))
-        log_share += np.log(random.uniform(size=len(classes))) / a
-        left = np.array([len(indices) for indices in classes])
-        counts = np.zeros(len(classes), dtype=int)
-        while missing := size - counts.sum():
-            log_share[counts == left] = -np.inf  # a class that is used up drops out
-            share = np.exp(log_share - log_share.max())
-            counts = np.minimum(counts + random.multinomial(missing, share / share.sum()), left)
-        parts.append(np.sort(np.concatenate([c[:n] for c, n in zip(classes, counts)])))
-        classes = [c[n:] for c, n in zip(classes, counts)]
-    return parts
+        return [np.sort(order[i::num_partitions]) for i in range(num_partitions)]
+    partitions: list[list[int]] = [[] for _ in range(num_partitions)]
+    for label in range(labels.max() + 1):
+        indices = order[labels[order] == label]
+        shares = random.dirichlet([alpha] * num_partitions)
+        ends = (shares.cumsum()[:-1] * len(indices)).astype(int)
+        for part, piece in zip(partitions, np.split(indices, ends), strict=True):
+            part.extend(piece)
+    for part in partitions:
+        if not part:  # a client cannot train without images
+            part.append(max(partitions, key=len).pop())
+    return [np.sort(part) for part in partitions]
+
+
+def make_loader(dataset: Images, sampler: Any, batch_size: int) -> DataLoader:
+    """Return a DataLoader that fetches each batch from the dataset in one piece."""
+    batches = BatchSampler(sampler, batch_size, drop_last=False)
+    # batch_size=None: what the sampler yields, a list of indices, is handed to the dataset as is.
+    return DataLoader(dataset, sampler=batches, batch_size=None, pin_memory=DEVICE.type == "cuda")
+
+
+def check_network(net: nn.Module, dataset: Any) -> None:
+    """Raise UserError if the network does not fit the images or their number of classes."""
+    images, _ = dataset[[0]]
+    net.eval()
+    try:
+        with torch.no_grad():
+            num_outputs = net(images.to(DEVICE)).shape[1]
+    except RuntimeError as error:
+        shape = tuple(images.shape[1:])
+        raise UserError(f"Net does not fit images of shape {shape}: {error}") from error
+    num_classes = len(dataset.classes)
+    if num_outputs < num_classes:
+        raise UserError(f"Net has {num_outputs} outputs, but there are {num_classes} classes.")
+
+
+def shared_state(net: nn.Module) -> dict[str, Tensor]:
+    """Return what clients and server exchange of a network: all of its state_dict."""
+    return net.state_dict()
+
+
+def get_parameters(net: nn.Module) -> list[np.ndarray]:
+    """Return the shared parameters as NumPy arrays, in the order of the state_dict."""
+    return [value.cpu().numpy().copy() for value in shared_state(net).values()]
+
+
+def set_parameters(net: nn.Module, arrays: Sequence[np.ndarray]) -> None:
+    """Set the shared parameters from NumPy arrays; raises UserError if they do not fit."""
+    state = shared_state(net)
+    check_parameters(dict(zip(state, get_parameters(net), strict=True)), arrays)
+    for value, array in zip(state.values(), arrays, strict=True):
+        value.copy_(torch.from_numpy(array))
+
+
+def check_parameters(
+    expected: Mapping[str, np.ndarray],
+    arrays: Sequence[np.ndarray],
+    limit: float = np.inf,
+) -> None:
+    """Raise UserError, which names the first that differs, unless the arrays fit `expected`.
+
+    They must be finite, and no weight may be larger than `limit`.
+    """
+    names = list(expected)
+    if len(arrays) < len(names):
+        raise UserError(f"{names[len(arrays)]} is missing: got {len(arrays)} parameters")
+    if len(arrays) > len(names):
+        raise UserError(f"expected {len(names)} parameters, got {len(arrays)} (different models?)")
+    for name, array in zip(names, arrays, strict=True):
+        own, got = (f"{each.dtype}{each.shape}" for each in (expected[name], array))
+        if got != own:
+            raise UserError(f"{name}: expected {own}, got {got} (different models?)")
+        if not np.isfinite(array).all():
+            raise UserError(f"NaN or infinity in {name}")
+        if largest(array) > limit:
+            raise UserError(f"{name}: {largest(array):g} is implausible (limit {limit:g})")
+
+
+def largest(array: np.ndarray) -> float:
+    """Return the largest magnitude of the weights; 0 for integers, which are counts."""
+    return float(np.abs(array).max(initial=0)) if array.dtype.kind == "f" else 0.0
 
 
 def load_model(path: Path) -> Net:
@@ -281,37 +351,99 @@ def load_model(path: Path) -> Net:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except OSError as error:
         raise UserError(f"Cannot read the model {path}: {error.strerror}.") from error
-    except Exception as error:
-        reason = str(error).partition("for Net:\n\t")[2].partition("\n")[0] or "no saved model"
-        raise UserError(f"{path} has no weights for cifar.Net: {reason}") from error
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        LookupError,
+        EOFError,
+        UnpicklingError,
+    ) as error:
+        reason = str(error).partition("for Net:\n\t")[2].partition("\n")[0] or "not a model file"
+        raise UserError(f"{path} is not a state_dict of cifar.Net: {reason}") from error
+    try:
+        set_parameters(net, get_parameters(net))  # checks them
+    except UserError as error:
+        raise UserError(f"{path} is not usable: {error}") from error
     return net
 
 
-def check_parameters(net: nn.Module, arrays: Sequence[np.ndarray]) -> None:
-    """Raise UserError, which names the first that differs, unless the arrays fit the network."""
-    kinds = (
-        [f"{value.dtype}{tuple(value.shape)}".removeprefix("torch.") for value in values]
-        for values in (net.state_dict().values(), arrays)
-    )
-    for name, ours, theirs in zip_longest(net.state_dict(), *kinds, fillvalue="nothing"):
-        if ours != theirs:
-            raise UserError(f"{name} is {theirs} instead of {ours}, as of another network")
+def to_bytes(net: nn.Module) -> bytes:
+    """Return the network's state_dict as torch.save() writes it."""
+    buffer = io.BytesIO()
+    torch.save(net.cpu().state_dict(), buffer)
+    return buffer.getvalue()
+
+
+def write_files(contents: Mapping[Path, bytes]) -> None:
+    """Replace all of these files, or none of them if one cannot be written; raises UserError."""
+    temporary = {path: path.with_name(f"{path.name}.tmp") for path in contents}
+    try:
+        for path, content in contents.items():
+            with temporary[path].open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in contents:
+            temporary[path].replace(path)
+    except OSError as error:
+        for file_left in temporary.values():
+            with suppress(OSError):
+                file_left.unlink()
+        hint = " (see ulimit -n)" if error.errno == errno.EMFILE else ""
+        reason = f"{error.strerror}{hint}. The previous file is unchanged."
+        raise UserError(f"Cannot write {path}: {reason}") from error
+
+
+def read_history(path: Path) -> list[dict[str, Any]] | None:
+    """Return the history that server.py wrote beside a model, one record per round, if any."""
+    try:
+        history = json.loads(path.with_suffix(".json").read_bytes())
+        return history if all(record["round"] for record in history) else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that cifar.py and client.py have in common."""
     threads = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else 1
-    add = parser.add_argument
-    add("--batch-size", type=number(int, 1), default=32, help="images a step")
-    add("--data-root", default=DATA_ROOT, help=f"where {DATASET} is, or is put")
-    add("--synthetic", action="store_true", help="train on generated images, without a download")
-    add("--seed", type=number(int, 0), help="make the run repeatable; without it, each run differs")
-    add("--threads", type=number(int, 1, 1024), default=threads, help="CPU threads (see README.md)")
+    parser.add_argument(
+        "--batch-size",
+        type=number(int, 1),
+        default=32,
+        help="training batch size (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--data-root",
+        default=DATA_ROOT,
+        help="dataset directory, downloaded if missing (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--synthetic", action="store_true", help="use generated images (no download)"
+    )
+    parser.add_argument("--seed", type=number(int, 0), help="random seed, for repeatable runs")
+    parser.add_argument(
+        "--threads",
+        type=number(int, 1, 1024),
+        default=threads,
+        help="PyTorch CPU threads (default: %(default)s)",
+    )
 
 
-def parse_config(parser: argparse.ArgumentParser, config: Mapping[str, Any]) -> argparse.Namespace:
-    """Parse a config of Flower's deployment engine as flags; those of other scripts are ignored."""
-    flags = [f"--{k}" if v is True else f"--{k}={v}" for k, v in config.items() if v is not False]
+def parse_config(
+    parser: argparse.ArgumentParser,
+    config: Mapping[str, Any],
+    other_parser: argparse.ArgumentParser,
+) -> argparse.Namespace:
+    """Parse a config of Flower's deployment engine as flags, ignoring those of the other script."""
+    known = [*vars(parser.parse_args([])), *vars(other_parser.parse_args([]))]
+    flags = []
+    for key, value in config.items():
+        if key.replace("-", "_") not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0].replace("_", "-")
+            parser.error(f"unknown key {key!r} in the config (did you mean {nearest!r}?)")
+        if value is not False:
+            flags.append(f"--{key}" if value is True else f"--{key}={value}")
     parser.allow_abbrev = False
     return parser.parse_known_args(flags)[0]
 
@@ -327,46 +459,115 @@ def number(kind: type, low: float, high: float = 2**31 - 1) -> Callable[[str], A
     return number
 
 
+def address(text: str) -> str:
+    """Check HOST:PORT, as an argparse type."""
+    host, _, port = text.rpartition(":")
+    if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, as in 127.0.0.1:8080")
+    return text
+
+
 def model_path(text: str) -> Path:
-    """Check, for argparse, that a model can be kept there; a symbolic link is followed."""
+    """Check, as an argparse type, that a model can be saved there; follow a symbolic link."""
     path = Path(text).resolve() if Path(text).is_symlink() else Path(text)
-    if path.suffix != ".pt" or path.is_dir() or not os.access(f"{path.parent}/.", os.W_OK):
+    if path.suffix != ".pt" or path.is_dir() or not os.access(path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(
-            f"{text} is no file ending in .pt where one can be written"
+            f"{text} must end in .pt and be in an existing, writable directory"
         )
     return path
 
 
-def address(text: str) -> str:
-    """Check HOST:PORT, for argparse, and write a host like 127.1 out."""
-    host, _, port = text.rpartition(":")
-    if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, as in 127.0.0.1:8080")
-    with contextlib.suppress(OSError):
-        host = socket.inet_ntoa(socket.inet_aton(host))
-    return f"{host}:{port}"
-
-
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's main() and end the process: exit 0, or 1 after a line or a traceback."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
-    code: Any = 1
+    """Run a script's main(): an expected error is one line on standard error and exit code 1."""
+    logging.getLogger("flwr").addFilter(is_news)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
-        if isinstance(sys.stdout, io.TextIOWrapper):  # None where it is closed
-            sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
         main()
-        code = 0
-    except SystemExit as stop:  # argparse's, with a number, or Flower's
-        if isinstance(stop.code, str):
-            print(stop.code, file=sys.stderr)
-        else:
-            code = stop.code or 0
-    except (UserError, OSError) as error:  # OSError: a full disk, or nobody reads what is printed
-        print(error, file=sys.stderr)
-    except BaseException:  # noqa: BLE001
-        sys.excepthook(*sys.exc_info())
-    finally:
-        os._exit(code)  # Python's own end waits for gRPC's threads, and takes a second longer
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell reports a program that Ctrl-C ended
+    except UserError as error:
+        sys.exit(str(error))
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        # Nobody reads the output (`server.py | head`), or its disk is full. Python flushes it
+        # again at exit: see "Note on SIGPIPE" in the documentation of its signal module.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(f"Cannot print: {error.strerror}.")
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Filter Flower's log: hide what the scripts say themselves, and that they are deprecated."""
+    hidden = (
+        "DEPRECATED FEATURE",
+        "Client raised an exception",
+        "No fit_metrics_aggregation_fn",
+    )
+    return not str(record.msg).startswith(hidden)
+
+
+def main() -> None:
+    """Train on all of the data in one place, or evaluate a saved model."""
+    parser = argparse.ArgumentParser(description=f"Centralized PyTorch training on {DATASET}.")
+    parser.add_argument(
+        "--epochs",
+        type=number(int, 1),
+        default=2,
+        help="training epochs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--lr",
+        type=number(float, 1e-9),
+        default=LEARNING_RATE,
+        help="learning rate (default: %(default)s)",
+    )
+    add_shared_arguments(parser)
+    parser.add_argument(
+        "--model",
+        metavar="FILE",
+        type=model_path,
+        help="save the trained weights to FILE",
+    )
+    parser.add_argument(
+        "--evaluate",
+        metavar="MODEL",
+        type=Path,
+        help="evaluate this model instead of training",
+    )
+    args = parser.parse_args()
+    if args.model and read_history(args.model) is not None:
+        todo = "pass a different --model"
+        raise UserError(f"{args.model} is a federation's model, with its history: {todo}.")
+    torch.set_num_threads(args.threads)
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
+    print(f"Model {args.evaluate}" if args.evaluate else "Centralized PyTorch training")
+    net = (load_model(args.evaluate) if args.evaluate else Net()).to(DEVICE)
+    print("Load data")
+    trainloader, testloader, _ = load_data(args.batch_size, args.data_root, args.synthetic)
+    check_network(net, testloader.dataset)
+    if args.evaluate:
+        dataset: Any = testloader.dataset
+        name = dataset.name
+        for record in (read_history(args.evaluate) or [])[-1:]:
+            if name not in str(record.get("data", name)):
+                print(f"Warning: this model was trained on {record['data']!r}, not on {name}")
+    else:
+        print("Start training")
+        train(
+            net=net,
+            trainloader=trainloader,
+            epochs=args.epochs,
+            device=DEVICE,
+            lr=args.lr,
+        )
+    print("Evaluate model")
+    loss, accuracy = test(net=net, testloader=testloader, device=DEVICE)
+    print("Loss: ", loss)
+    print("Accuracy: ", accuracy)
+    if args.model:
+        write_files({args.model: to_bytes(net)})
 
 
 if __name__ == "__main__":
