@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import socket
+import struct
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, suppress
@@ -358,6 +359,7 @@ def load_model(path: Path) -> Net:
         LookupError,
         EOFError,
         UnpicklingError,
+        struct.error,
     ) as error:
         reason = str(error).partition("for Net:\n\t")[2].partition("\n")[0] or "not a model file"
         raise UserError(f"{path} is not a state_dict of cifar.Net: {reason}") from error
@@ -399,7 +401,8 @@ def read_history(path: Path) -> list[dict[str, Any]] | None:
     """Return the history that server.py wrote beside a model, one record per round, if any."""
     try:
         history = json.loads(path.with_suffix(".json").read_bytes())
-        return history if all(record["round"] for record in history) else None
+        rounds = [record["round"] for record in history]
+        return history if isinstance(history, list) and all(rounds) else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

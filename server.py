@@ -115,8 +115,7 @@ class CifarServer(fl.server.Server):
     def run_round(self, timeout: float | None) -> dict[str, Any]:
         """Run one round and return its record; raises UserError if there is no new model."""
         server_round = len(self.history) + 1
-        arrays = fl.common.parameters_to_ndarrays(self.parameters)
-        self.limit = 1000 * max(1, *map(cifar.largest, arrays))  # larger weights are rejected
+        self.limit = self.weight_limit()
 
         # Wait for enough clients.
         clients = wait_for_clients(self.client_manager(), self.args.min_clients)
@@ -175,6 +174,11 @@ class CifarServer(fl.server.Server):
             "versions": {"flwr": fl.__version__, "torch": str(torch.__version__)},
         }
 
+    def weight_limit(self) -> float:
+        """Return 1,000 times the global model's largest weight (at least 1)."""
+        arrays = fl.common.parameters_to_ndarrays(self.parameters)
+        return 1000 * max(1, *map(cifar.largest, arrays))
+
     def evaluate_centralized(self, server_round: int, parameters: Parameters) -> Metrics:
         """Return loss and metrics of the strategy's own evaluation, if it has one."""
         evaluation = self.strategy.evaluate(server_round, parameters)
@@ -212,7 +216,7 @@ class CifarServer(fl.server.Server):
         rejected = []
         lost = {client.cid: client for client, _ in asked}
         for client, result in results + [each for each in failures if isinstance(each, tuple)]:
-            del lost[client.cid]
+            lost.pop(client.cid, None)
             client.properties = result.metrics or client.properties
             try:
                 self.check_result(result)
@@ -404,8 +408,9 @@ def name_of(client: ClientProxy) -> str:
 
 
 def to_numbers(metrics: Metrics) -> Metrics:
-    """Return the metrics with NumPy scalars as numbers, as JSON needs them."""
-    return {k: v.item() if isinstance(v, np.generic) else v for k, v in metrics.items()}
+    """Return the metrics as JSON takes them: NumPy scalars as numbers, bytes as hex digits."""
+    numbers = {k: v.item() if isinstance(v, np.generic) else v for k, v in metrics.items()}
+    return {k: v.hex() if isinstance(v, bytes) else v for k, v in numbers.items()}
 
 
 def table_row(record: dict[str, Any]) -> list[str]:

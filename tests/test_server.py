@@ -1,11 +1,11 @@
 """server.py: its rounds, what it refuses, and what it keeps; with clients in this process."""
 
+import hashlib
 import io
 import json
 import os
-import socket
-import stat
 import threading
+import time
 import types
 
 import numpy as np
@@ -22,6 +22,7 @@ from flwr.common import (
 )
 from flwr.server import SimpleClientManager
 from flwr.server.client_proxy import ClientProxy
+from flwr.server.superlink.fleet.grpc_bidi.grpc_bridge import GrpcBridgeClosed
 
 import cifar
 import server
@@ -74,11 +75,12 @@ def make(tmp_path):
     """Make a server that keeps its model in an empty folder, with these clients connected."""
     servers = []
 
-    def make_server(*clients, flags=(), path=tmp_path / "model.pt"):
+    def make_server(*clients, flags=(), path=tmp_path / "model.pt", kind=server.CifarServer):
         for made in servers:  # of this process; a server that has ended has freed its lock
             made.lock.release()
         arguments = ["--model", path, "--min-clients", max(1, len(clients)), "--seed", 1, *flags]
-        servers.append(server.CifarServer(server.make_parser().parse_args(map(str, arguments))))
+        args = server.make_parser().parse_args(list(map(str, arguments)))
+        servers.append(kind(args, SimpleClientManager()))
         for number, client in enumerate(clients):
             client.cid = f"{number}{client.cid}"
             servers[-1].client_manager().register(client)
@@ -88,7 +90,7 @@ def make(tmp_path):
 
 
 def history(path):
-    return json.loads(path.with_suffix(".json").read_text())
+    return json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
 
 
 def use_strategy(monkeypatch, kind, **settings):
@@ -108,7 +110,7 @@ def use_strategy(monkeypatch, kind, **settings):
 
 
 def arrays_of(made):
-    return [value.numpy() for value in made.net.state_dict().values()]
+    return parameters_to_ndarrays(made.parameters)
 
 
 # The round.
@@ -176,9 +178,9 @@ def test_integers_are_averaged_in_their_own_type(make, monkeypatch):
 
     made = make(Client(fit_res(trained(10), 50_000)), Client(fit_res(trained(13), 25_000)))
     made.run_round(None)
-    state_dict = made.net.state_dict()
+    state_dict = dict(zip(Net().state_dict(), arrays_of(made)))
     assert state_dict["norm.num_batches_tracked"] == 11
-    assert state_dict["norm.num_batches_tracked"].dtype == torch.int64
+    assert state_dict["norm.num_batches_tracked"].dtype == np.int64
     assert state_dict["index"].tolist() == [2, 0, 1]
     assert state_dict["mask"].tolist() == [True, False]
 
@@ -204,26 +206,30 @@ def archive():
 BAD_UPDATES = {
     "NaN or infinity in fc3.bias": lambda: fit_res(with_value(np.nan)),
     "NaN or infinity in fc3.bias ": lambda: fit_res(with_value(-np.inf)),
-    "conv2.weight is float32(16, 6, 5) instead of": lambda: fit_res(
+    "conv2.weight: expected float32(16, 6, 5, 5), got float32(16, 6, 5) ": lambda: fit_res(
         with_array(weights()[2][..., 0])
     ),
-    "conv2.weight is float64(16, 6, 5, 5) instead of": lambda: fit_res(
+    "conv2.weight: expected float32(16, 6, 5, 5), got float64(16, 6, 5, 5)": lambda: fit_res(
         with_array(weights()[2].astype(float))
     ),
-    "conv2.weight is int64(16, 6, 5, 5) instead": lambda: fit_res(
+    "conv2.weight: expected float32(16, 6, 5, 5), got int64(16, 6, 5, 5)": lambda: fit_res(
         with_array(np.zeros((16, 6, 5, 5), int))
     ),
-    "fc3.bias is nothing instead of float32(10,)": lambda: fit_res(weights()[:-1]),
-    "nothing is float32(10,) instead of nothing": lambda: fit_res(weights() + weights()[-1:]),
-    "conv1.weight is nothing instead of": lambda: fit_res([]),
-    "trained on 0 examples": lambda: fit_res(weights(), 0),
-    "trained on -5 examples": lambda: fit_res(weights(), -5),
-    "unreadable": lambda: FitRes(OK, Parameters([b"x"] * 10, "numpy.ndarray"), 1, {}),
-    "unreadable ": lambda: FitRes(OK, Parameters([archive()] * 10, "numpy.ndarray"), 1, {}),
-    "unreadable  ": lambda: FitRes(
+    "fc3.bias is missing: got 9 parameters": lambda: fit_res(weights()[:-1]),
+    "expected 10 parameters, got 11": lambda: fit_res(weights() + weights()[-1:]),
+    "conv1.weight is missing: got 0 parameters": lambda: fit_res([]),
+    "fc3.bias: 1001 is implausible (limit 1000)": lambda: fit_res(with_value(-1001)),
+    "0 examples": lambda: fit_res(weights(), 0),
+    "-5 examples": lambda: fit_res(weights(), -5),
+    "1000000001 examples": lambda: fit_res(weights(), 10**9 + 1),
+    "unreadable parameters": lambda: FitRes(OK, Parameters([b"x"] * 10, "numpy.ndarray"), 1, {}),
+    "unreadable parameters ": lambda: FitRes(
+        OK, Parameters([archive()] * 10, "numpy.ndarray"), 1, {}
+    ),
+    "unreadable parameters  ": lambda: FitRes(
         OK, Parameters([ndarrays_to_parameters(weights()).tensors[0][:-8]] * 10, ""), 1, {}
     ),
-    "error, cannot": lambda: FitRes(
+    "FIT_NOT_IMPLEMENTED, cannot": lambda: FitRes(
         Status(Code.FIT_NOT_IMPLEMENTED, "cannot"), Parameters([], ""), 0, {}
     ),
 }
@@ -237,29 +243,50 @@ def test_bad_update_is_refused_and_the_others_are_averaged(make, capsys, reason)
     assert made.run_round(None)["clients"] == 1
     for ours, theirs in zip(arrays_of(made), weights(1)):
         np.testing.assert_array_equal(ours, theirs)
-    line = f"Round 1/3: result of client 'laptop-7' refused: {reason.strip()}"
+    line = f"Round 1/3: update from client 'laptop-7' rejected: {reason.strip()}"
     assert line in capsys.readouterr().out
 
 
 def test_a_million_arrays_are_not_decoded(make, monkeypatch):
     decoded = []
-    original = server.fl.common.parameters_to_ndarrays
+    original = server.read_array
     monkeypatch.setattr(
-        server.fl.common,
-        "parameters_to_ndarrays",
-        lambda parameters: decoded.append(len(parameters.tensors)) or original(parameters),
+        server, "read_array", lambda *args, **kwargs: decoded.append(1) or original(*args, **kwargs)
     )
     tensors = ndarrays_to_parameters(weights()).tensors * 100_000
     flood = FitRes(OK, Parameters(tensors, "numpy.ndarray"), 1, {})
     assert make(Client(flood), Client()).run_round(None)["clients"] == 1
-    assert max(decoded) <= 11
+    assert len(decoded) == 11 + 10
 
 
-def test_client_that_drops_out_is_counted(make, capsys):
-    made = make(Client(RuntimeError()), Client(), Client(test=RuntimeError()))
+def test_largest_plausible_update_and_count_are_accepted(make):
+    made = make(Client(fit_res(with_value(-1000), 10**9)))
+    assert made.run_round(None)["clients"] == 1
+    made.parameters = ndarrays_to_parameters(with_value(-2000))  # the limit grows with the model
+    next(iter(made.client_manager().all().values())).update = fit_res(with_value(1_999_000))
+    assert made.run_round(None)["clients"] == 1
+
+
+def test_client_that_drops_out_is_named(make, capsys):
+    made = make(Client(GrpcBridgeClosed()), Client(), Client(test=GrpcBridgeClosed()))
     record = made.run_round(None)
     assert (record["clients"], record["loss"]) == (2, 1.0)
-    assert capsys.readouterr().out.count("Round 1/3: 1 of 3 clients dropped out") == 2
+    out = capsys.readouterr().out
+    for number in (0, 2):
+        line = f"Round 1/3: client '{number}0123456789abcdef' lost: disconnected\n"
+        assert out.count(line) == 1
+    assert out.count(" lost: ") == 2
+
+
+@pytest.mark.parametrize("seconds, reason", [(9, "disconnected"), (11, "timed out after 10 s")])
+def test_client_that_timed_out_is_named(make, capsys, seconds, reason):
+    def update(ins):
+        late.disconnected = time.monotonic() + seconds  # in place of the time that this takes
+        raise GrpcBridgeClosed
+
+    late = Client(update)
+    assert make(late, Client()).run_round(10)["clients"] == 1
+    assert f"client '00123456789abcdef' lost: {reason}\n" in capsys.readouterr().out
 
 
 def test_evaluation_is_weighted_by_examples(make):
@@ -268,28 +295,50 @@ def test_evaluation_is_weighted_by_examples(make):
     )
     record = made.run_round(None)
     assert (record["loss"], record["accuracy"]) == (1.75, pytest.approx(0.4))
-    assert list(record) == ["round", "loss", "accuracy", "clients", "seconds", "data"]
+    assert list(record) == [
+        *["round", "loss", "accuracy", "clients", "seconds", "data", "metrics", "fit_metrics"],
+        *["centralized", "strategy", "config", "date", "versions"],
+    ]
+    assert record["metrics"] == {"accuracy": pytest.approx(0.4)}
+    assert (record["fit_metrics"], record["centralized"]) == ({}, {})
+    assert record["strategy"] == "FedAvg"
+    assert record["config"] == {"lr": cifar.LEARNING_RATE, "local_epochs": 1}
+    assert record["versions"] == {"flwr": server.fl.__version__, "torch": torch.__version__}
+    assert record["date"].startswith("20") and record["date"].endswith("+00:00")
     assert record["clients"] == 2 and record["seconds"] >= 0
 
 
 @pytest.mark.parametrize(
-    "bad",
+    "bad, reason",
     [
-        evaluate_res(np.nan),
-        evaluate_res(np.inf),
-        evaluate_res(accuracy=np.nan),
-        evaluate_res(accuracy="high"),
-        evaluate_res(accuracy=1.1),
-        evaluate_res(1e300),
-        EvaluateRes(OK, 1.0, 10, {}),
-        evaluate_res(0.1, 0, 0.9),
-        evaluate_res(0.1, -3, 0.9),
+        (evaluate_res(np.nan), "loss nan, accuracy 0.5"),
+        (evaluate_res(np.inf), "loss inf, accuracy 0.5"),
+        (evaluate_res(-0.1), "loss -0.1, accuracy 0.5"),
+        (evaluate_res(1e300), "loss 1e+300, accuracy 0.5"),
+        (evaluate_res(accuracy=np.nan), "loss 1, accuracy nan"),
+        (evaluate_res(accuracy="high"), "loss 1, accuracy 'high'"),
+        (evaluate_res(accuracy=1.1), "loss 1, accuracy 1.1"),
+        (evaluate_res(accuracy=True), "loss 1, accuracy True"),
+        (evaluate_res(0.1, 0, 0.9), "0 examples"),
+        (evaluate_res(0.1, -3, 0.9), "-3 examples"),
+        (evaluate_res(0.1, 10**9 + 1, 0.9), "1000000001 examples"),
     ],
 )
-def test_bad_evaluation_is_refused(make, capsys, bad):
+def test_bad_evaluation_is_rejected(make, capsys, bad, reason):
     record = make(Client(test=bad), Client(test=evaluate_res(2.0, accuracy=0.25))).run_round(None)
     assert (record["loss"], record["accuracy"]) == (2.0, 0.25)
-    assert "result of client '00123456789abcdef' refused: loss " in capsys.readouterr().out
+    line = f"evaluation from client '00123456789abcdef' rejected: {reason}\n"
+    assert line in capsys.readouterr().out
+
+
+def test_evaluation_without_accuracy_is_averaged(make, capsys):
+    blind = EvaluateRes(OK, 1.0, 10, {})
+    record = make(Client(test=blind), Client(test=evaluate_res(2.0, 10, 0.25))).run_round(None)
+    assert (record["loss"], record["accuracy"]) == (1.5, 0.25)
+    made = make(Client(test=blind))
+    made.fit(1, None)
+    assert history(made.args.model)[0]["accuracy"] is None
+    assert "Round 1/3: loss 1.0000, accuracy -, clients 1, " in capsys.readouterr().out
 
 
 def test_whole_accuracy_is_accepted(make):
@@ -307,8 +356,9 @@ def test_nothing_that_a_client_sends_controls_the_terminal(make, capsys, where):
     elif where == "accuracy":
         test = evaluate_res(accuracy=evil)
     else:
-        update = fit_res(weights(), data=evil, part=evil)
-    make(Client(update, test), Client()).run_round(None)
+        update = fit_res(weights(), data=evil, partition=evil, classes=evil)
+    record = make(Client(update, test), Client()).run_round(None)
+    assert len(record["data"]) <= 100
     out = capsys.readouterr().out
     assert "title" in out, "it is shown"
     assert all(character.isprintable() or character == "\n" for character in out)
@@ -319,19 +369,20 @@ def test_nothing_that_a_client_sends_controls_the_terminal(make, capsys, where):
 # What the clients hold.
 
 
-def holding(data, part, client):
-    return Client(fit_res(weights(), client=client, data=data, part=part))
+def holding(data, part, client, classes="a b"):
+    update = fit_res(weights(), client=client, data=data, partition=part, classes=classes)
+    return Client(update)
 
 
 def test_what_a_client_holds_is_said_once(make, capsys):
     made = make(
-        holding("CIFAR-10 in 2 parts, alpha none", "part 0", "a"),
-        holding("CIFAR-10 in 2 parts, alpha none", "part 1", "b"),
+        holding("CIFAR-10 in 2 parts, alpha none", "partition 0", "a"),
+        holding("CIFAR-10 in 2 parts, alpha none", "partition 1", "b"),
     )
     made.fit(2, None)
     out = capsys.readouterr().out
     for client, part in (("a", 0), ("b", 1)):
-        line = f"client '{client}' holds part {part} of CIFAR-10 in 2 parts, alpha none"
+        line = f"client '{client}': CIFAR-10 in 2 parts, alpha none, partition {part}\n"
         assert out.count(line) == 1
     assert "Warning" not in out
     assert history(made.args.model)[1]["data"] == "CIFAR-10 in 2 parts, alpha none"
@@ -346,16 +397,16 @@ def test_clients_that_all_hold_everything_are_no_reason_to_warn(make, capsys):
 @pytest.mark.parametrize(
     "first, second, warning",
     [
-        (("CIFAR-10", "all"), ("generated images", "all"), "CIFAR-10 / generated images"),
-        (("X in 2 parts", "part 0"), ("X in 2 parts", "part 0"), "2 clients hold part 0 of X in 2"),
-        (("X in 2 parts", "part 0"), ("X in 3 parts", "part 1"), "X in 2 parts / X in 3 parts"),
-        (("X, alpha 1", "part 0"), ("X, alpha 2", "part 1"), "X, alpha 1 / X, alpha 2"),
+        (("X", "all"), ("Y", "all"), "the clients' data differ: X / Y"),
+        (("X", "partition 0"), ("X", "partition 0"), "2 clients use partition 0 of X"),
+        (("X, 2 parts", "partition 0"), ("X, 3 parts", "partition 1"), "X, 2 parts / X, 3 parts"),
+        (("X", "all", "a", "cat dog"), ("X", "all", "b", "dog cat"), "classes differ: cat dog / d"),
     ],
 )
 def test_clients_that_do_not_fit_together_are_averaged_with_a_warning(
     make, capsys, first, second, warning
 ):
-    made = make(holding(*first, "a"), holding(*second, "b"))
+    made = make(*[holding(*each, *"ab"[len(each) - 2 : 1]) for each in (first, second)])
     made.fit(2, None)
     out = capsys.readouterr().out
     assert out.count("Warning: ") == 1 and warning in out
@@ -365,18 +416,44 @@ def test_clients_that_do_not_fit_together_are_averaged_with_a_warning(
 # Rounds of which nothing comes.
 
 
-def test_round_without_a_good_update_is_tried_again_but_not_for_ever(make, capsys):
-    client = Client(RuntimeError())
+def test_failed_round_is_tried_again_but_not_for_ever(make, capsys):
+    client = Client(TypeError("no such key"))
     made = make(client)
     before = arrays_of(made)
-    with pytest.raises(cifar.UserError, match="3 rounds in a row failed: --resume goes on"):
+    with pytest.raises(cifar.UserError) as error:
         made.fit(3, None)
+    todo = "Restart with --resume to continue."
+    assert str(error.value) == f"Giving up after 3 failed attempts. {todo}"
     assert [kind for kind, _ in client.asked] == ["fit"] * 3
     out = capsys.readouterr().out
-    assert out.count("Round 1/3: nothing came of it: no update can be averaged") == 3
+    for attempt in (1, 2, 3):
+        reason = "failed (TypeError: no such key), global model unchanged"
+        assert out.count(f"Round 1/3: {reason}, attempt {attempt} of 3\n") == 1
     for ours, kept in zip(arrays_of(made), before):
         np.testing.assert_array_equal(ours, kept)
     assert history(made.args.model) == []
+
+
+def test_lost_clients_are_no_failed_attempt(make, capsys):
+    answers = iter([GrpcBridgeClosed()] * 5)
+
+    def update(ins):
+        if error := next(answers, None):
+            raise error
+        return fit_res(weights(1))
+
+    made = make(Client(update))
+    made.fit(1, None)
+    out = capsys.readouterr().out
+    line = "failed (no usable updates), global model unchanged, trying again\n"
+    assert out.count(line) == 5 and "attempt" not in out
+    assert len(history(made.args.model)) == 1
+
+
+def test_rejected_update_beside_a_lost_client_is_a_failed_attempt(make):
+    with pytest.raises(cifar.UserError, match="^no usable updates$") as error:
+        make(Client(fit_res([])), Client(GrpcBridgeClosed())).run_round(None)
+    assert type(error.value) is cifar.UserError
 
 
 def test_rounds_that_came_to_nothing_are_counted_only_in_a_row(make):
@@ -394,16 +471,16 @@ def test_rounds_that_came_to_nothing_are_counted_only_in_a_row(make):
 
 
 def test_average_that_nobody_can_test_is_not_kept(make, capsys):
-    """One finite update of 1e30 makes a model whose loss is not a number, for every client."""
+    """One plausible update of 900 makes a model whose loss is not a number, for every client."""
 
     def test(ins):
         largest = max(np.abs(array).max() for array in parameters_to_ndarrays(ins.parameters))
-        return evaluate_res(np.nan if largest > 1e6 else 1.0)
+        return evaluate_res(np.nan if largest > 100 else 1.0)
 
-    huge = Client(fit_res([value * 0 + np.float32(1e30) for value in weights()]), test)
+    huge = Client(fit_res([value * 0 + np.float32(900) for value in weights()]), test)
     made = make(huge, Client(fit_res(weights(1)), test))
     before = arrays_of(made)
-    with pytest.raises(cifar.UserError, match="no update|no client can test"):
+    with pytest.raises(cifar.UserError, match="most clients cannot evaluate the aggregate"):
         made.run_round(None)
     for ours, kept in zip(arrays_of(made), before):
         np.testing.assert_array_equal(ours, kept)
@@ -441,10 +518,7 @@ def test_average_that_is_not_finite_leaves_the_model(make, monkeypatch, value):
     before = arrays_of(made)
     huge = ndarrays_to_parameters([array.astype(float) * value for array in weights()])
     monkeypatch.setattr(type(made.strategy), "aggregate_fit", lambda *args: (huge, {}))
-    with (
-        np.errstate(over="ignore"),
-        pytest.raises(cifar.UserError, match="NaN or infinity in conv1"),
-    ):
+    with pytest.raises(cifar.UserError, match="NaN or infinity in conv1"):
         made.run_round(None)
     for ours, kept in zip(arrays_of(made), before):
         np.testing.assert_array_equal(ours, kept)
@@ -458,7 +532,7 @@ def test_average_is_kept_untested_if_nobody_is_left(make):
     made.fit(1, None)
     (record,) = history(made.args.model)
     assert (record["loss"], record["accuracy"], record["clients"]) == (None, None, 1)
-    assert server.figures(record)[1:4] == ["-", "-", "1"]
+    assert server.table_row(record)[1:4] == ["-", "-", "1"]
     np.testing.assert_array_equal(arrays_of(made)[1], weights(1)[1])
 
 
@@ -526,24 +600,34 @@ def test_resume_goes_on_after_the_last_round(make, tmp_path):
     np.testing.assert_array_equal(arrays_of(made)[0], weights(2)[0])
 
 
-def test_strategy_with_momentum_can_be_resumed(make, tmp_path, monkeypatch):
-    """FedAvgM begins its momentum in what it is told is the first round."""
-
-    use_strategy(monkeypatch, server.fl.server.strategy.FedAvgM, server_momentum=0.9)
-    make(Client()).fit(1, None)
-    make(Client(), flags=["--resume"]).fit(3, None)
-    assert [record["round"] for record in history(tmp_path / "model.pt")] == [1, 2, 3]
-
-
-def test_killed_between_model_and_history_repeats_the_round(make, tmp_path):
+def test_killed_between_history_and_model_repeats_the_round(make, tmp_path, capsys):
     path = tmp_path / "model.pt"
-    made = make(Client(fit_res(weights(1))))
+    client = Client(fit_res(weights(1)))
+    made = make(client)
     made.fit(1, None)
-    before = path.with_suffix(".json").read_bytes()
+    before = path.read_bytes()
+    client.update = fit_res(weights(2))
     made.fit(2, None)
-    path.with_suffix(".json").write_bytes(before)
-    make(Client(), flags=["--resume"]).fit(2, None)
-    assert [record["round"] for record in history(path)] == [1, 2]
+    path.write_bytes(before)
+    made = make(Client(fit_res(weights(3))), flags=["--resume"])
+    assert [record["round"] for record in made.history] == [1]
+    made.fit(2, None)
+    first, second = history(path)
+    assert (first["round"], second["round"]) == (1, 2)
+    assert first["model"] == hashlib.sha256(before).hexdigest()
+    assert second["model"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert "Warning" not in capsys.readouterr().out
+
+
+def test_another_model_beside_the_history_is_resumed_with_a_warning(make, tmp_path, capsys):
+    path = tmp_path / "model.pt"
+    make(Client(fit_res(weights(1)))).fit(2, None)
+    net = cifar.Net()
+    path.write_bytes(cifar.to_bytes(net))
+    made = make(flags=["--resume"])
+    assert f"Warning: {path} is not the model of a round in" in capsys.readouterr().out
+    assert len(made.history) == 2
+    np.testing.assert_array_equal(arrays_of(made)[0], cifar.get_parameters(net)[0])
 
 
 def test_killed_before_the_first_round_can_resume(make):
@@ -551,18 +635,46 @@ def test_killed_before_the_first_round_can_resume(make):
     np.testing.assert_array_equal(arrays_of(make(flags=["--resume"]))[4], first[4])
 
 
+def save_nan(path):
+    net = cifar.Net()
+    net.fc3.bias.data[0] = np.nan
+    path.write_bytes(cifar.to_bytes(net))
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
         (lambda path: path.unlink(), "Cannot read the model .*No such file"),
-        (lambda path: path.write_bytes(b"junk"), "no saved model"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "no saved model"),
+        (
+            lambda path: path.write_bytes(b"junk"),
+            "is not a state_dict of cifar.Net: not a model file",
+        ),
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:-100]),
+            "is not a state_dict of cifar.Net: not a model file",
+        ),
+        (lambda path: save_nan(path), "is not usable: NaN or infinity in fc3.bias"),
         (lambda path: torch.save(torch.nn.Linear(1, 1).state_dict(), path), "conv1.weight"),
-        (lambda path: path.with_suffix(".json").write_text("[{"), "holds no history.*alone"),
-        (lambda path: path.with_suffix(".json").write_text("7"), "holds no history.*alone"),
-        (lambda path: path.with_suffix(".json").write_text('[""]'), "holds no history.*alone"),
-        (lambda path: path.with_suffix(".json").write_text('{"a": 1}'), "holds no history"),
-        (lambda path: path.with_suffix(".json").write_bytes(b"\xff\xfe"), "holds no history"),
+        (
+            lambda path: path.with_suffix(".json").write_bytes(b"[{"),
+            "model.json is not a valid history file",
+        ),
+        (
+            lambda path: path.with_suffix(".json").write_bytes(b"7"),
+            "model.json is not a valid history file",
+        ),
+        (
+            lambda path: path.with_suffix(".json").write_bytes(b'[""]'),
+            "model.json is not a valid history file",
+        ),
+        (
+            lambda path: path.with_suffix(".json").write_bytes(b'{"a": 1}'),
+            "model.json is not a valid history file",
+        ),
+        (
+            lambda path: path.with_suffix(".json").write_bytes(b"\xff\xfe"),
+            "model.json is not a valid history file",
+        ),
     ],
 )
 def test_resume_refuses_what_is_damaged_and_leaves_it_alone(make, tmp_path, damage, message):
@@ -581,7 +693,10 @@ def test_resume_goes_on_with_the_model_alone(make, tmp_path, capsys):
     make(Client(fit_res(weights(1)))).fit(2, None)
     path.with_suffix(".json").unlink()
     made = make(flags=["--resume"])
-    assert f"{path.with_suffix('.json')} is missing" in capsys.readouterr().out
+    assert (
+        f"{path.with_suffix('.json')} is missing: resuming from the model alone"
+        in capsys.readouterr().out
+    )
     np.testing.assert_array_equal(arrays_of(made)[0], weights(1)[0])
     assert made.history == []
     make()  # and a new run, before that one has had a round, does not lose it
@@ -601,7 +716,7 @@ def test_model_of_an_earlier_run_is_kept(make, tmp_path, capsys):
         np.testing.assert_array_equal(state_dict["conv1.bias"].numpy(), weights(seed)[1])
         assert len(history(tmp_path / f"{name}.pt")) == 1
     out = capsys.readouterr().out
-    assert f"{path} of an earlier run is kept as {tmp_path / 'model-2.pt'}" in out
+    assert f"Renamed {path} (earlier run) to {tmp_path / 'model-2.pt'}" in out
 
 
 def test_pair_keeps_one_number_though_killed_between(make, tmp_path):
@@ -620,22 +735,27 @@ def test_model_without_a_round_is_not_worth_keeping(make, tmp_path):
     assert names == ["model.json", "model.lock", "model.pt"]
 
 
-@pytest.mark.parametrize("name", ["model.pt", "model.json"])
-def test_what_is_not_ours_is_kept_too(make, tmp_path, name):
-    (tmp_path / name).write_bytes(b"thesis")
-    taken = tmp_path / name.replace("model", "model-1")
-    taken.write_bytes(b"draft")
+def test_model_that_is_not_ours_is_kept_too(make, tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"thesis")
+    (tmp_path / "model-1.pt").write_bytes(b"draft")
     make()
-    assert (tmp_path / name.replace("model", "model-2")).read_bytes() == b"thesis"
-    assert taken.read_bytes() == b"draft"
+    assert (tmp_path / "model-2.pt").read_bytes() == b"thesis"
+    assert (tmp_path / "model-1.pt").read_bytes() == b"draft"
+
+
+def test_foreign_json_is_refused_and_left_alone(make, tmp_path):
+    (tmp_path / "model.json").write_bytes(b"thesis")
+    with pytest.raises(cifar.UserError, match="model.json is not a valid history file"):
+        make()
+    assert (tmp_path / "model.json").read_bytes() == b"thesis"
 
 
 def test_second_server_on_the_same_model_is_refused(make, tmp_path):
     made = make(Client(fit_res(weights(1))))
     made.fit(1, None)
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(cifar.UserError, match="model.pt is another server's"):
-        server.CifarServer(server.make_parser().parse_args(["--model", str(made.args.model)]))
+    with pytest.raises(cifar.UserError, match="model.pt is in use by another server"):
+        server.CifarServer(made.args, SimpleClientManager())
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
@@ -649,72 +769,93 @@ def test_symbolic_link_stays_one(make, tmp_path):
     np.testing.assert_array_equal(state_dict["conv1.bias"].numpy(), weights(1)[1])
 
 
-def test_rights_of_the_model_stay(make, tmp_path):
-    made = make(Client())
-    (tmp_path / "model.pt").chmod(0o600)
-    made.fit(1, None)
-    assert stat.S_IMODE((tmp_path / "model.pt").stat().st_mode) == 0o600
+def files_in(folder):
+    return {
+        path: None if path.is_dir() else path.read_bytes()
+        for path in folder.iterdir()
+        if path.suffix != ".lock"
+    }
 
 
-@pytest.mark.parametrize("when", ["write", "fsync", "replace"])
-def test_full_disk_leaves_the_last_model_and_the_run_goes_on(
+@pytest.mark.parametrize("when", ["write", "replace", "model.pt.tmp", "model.json"])
+def test_failed_save_leaves_the_last_model_and_is_tried_again(
     make, tmp_path, monkeypatch, capsys, when
 ):
-    client = Client(fit_res(weights(1)))
-    made = make(client)
-    made.fit(1, None)
-    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    seen = []
 
-    def full(*args, **kwargs):
+    def update(ins):
+        seen.append(files_in(tmp_path))
+        if len(seen) == 3:  # the second round is over: from now on, saving works
+            patch.undo()
+            if when.startswith("model"):
+                (tmp_path / when).rmdir()
+        return fit_res(weights(len(seen)))
+
+    original = type(tmp_path).open
+
+    def full(path, *args, **kwargs):
+        if when == "write" and args != ("wb",):
+            return original(path, *args, **kwargs)
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        if when == "fsync":
-            patch.setattr(os, "fsync", full)
-        else:
-            patch.setattr(type(tmp_path), "replace" if when == "replace" else "open", full)
-        made.fit(2, None)
-    out = capsys.readouterr().out
-    assert f"Cannot write {tmp_path / 'model.pt'}: No space left on device" in out
-    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
-    made.fit(3, None)
-    assert len(history(tmp_path / "model.pt")) == 3
-
-
-def test_history_that_cannot_be_written_is_named(make, tmp_path, capsys):
-    made = make(Client())
-    (tmp_path / "model.json").unlink()
-    (tmp_path / "model.json").mkdir()
+    made = make(Client(update))
     made.fit(1, None)
+    if when == "model.json":
+        (tmp_path / when).unlink()
+    if when.startswith("model"):
+        (tmp_path / when).mkdir()
+    with monkeypatch.context() as patch:
+        if not when.startswith("model"):
+            patch.setattr(type(tmp_path), "open" if when == "write" else "replace", full)
+        before = files_in(tmp_path)
+        made.fit(3, None)
     out = capsys.readouterr().out
-    assert f"Cannot write {tmp_path / 'model.json'}: Is a directory. It stays as it was." in out
-    assert "model.pt" not in out
+    name = "model.pt" if when == "model.pt.tmp" else "model.json"
+    reason = "Is a directory" if when.startswith("model") else "No space left on device"
+    line = f"Cannot write {tmp_path / name}: {reason}. The previous file is unchanged."
+    assert out.count(f"Round 2/3: {line} Trying again after the next round.\n") == 1
+    assert seen[2] == before
+    assert len(history(tmp_path / "model.pt")) == 3
+    bias = torch.load(tmp_path / "model.pt")["conv1.bias"].numpy()
+    np.testing.assert_array_equal(bias, weights(3)[1])
+
+
+def test_last_round_that_cannot_be_saved_is_an_error(make, tmp_path):
+    made = make(Client())
+    (tmp_path / "model.pt.tmp").mkdir()
+    with pytest.raises(cifar.UserError, match="Cannot write .*model.pt: Is a directory"):
+        made.fit(1, None)
 
 
 def test_reader_never_finds_half_a_model(make, tmp_path, monkeypatch):
-    """Whatever a kill interrupts, the file under the model's own name is whole."""
+    """Whatever a kill interrupts, the files under their own names are whole."""
     client = Client(fit_res(weights(1)))
     made = make(client)
     made.fit(1, None)
     client.update = fit_res(weights(2))
     seen = []
 
-    def fsync(number):  # everything is written, nothing of it is renamed
+    def look(what):
         bias = cifar.load_model(tmp_path / "model.pt").conv1.bias.detach().numpy()
         written = next(seed for seed in (1, 2) if np.array_equal(bias, weights(seed)[1]))
-        seen.append((written, len(history(tmp_path / "model.pt"))))
+        seen.append((what, written, len(history(tmp_path / "model.pt"))))
 
-    monkeypatch.setattr(os, "fsync", fsync)
+    replace = type(tmp_path).replace
+    monkeypatch.setattr(os, "fsync", lambda number: look("flush"))
+    monkeypatch.setattr(
+        type(tmp_path), "replace", lambda path, to: look("replace") or replace(path, to)
+    )
     made.fit(2, None)
-    assert seen == [(1, 1), (2, 1)]
-    assert len(history(tmp_path / "model.pt")) == 2
+    look("end")
+    flushed = [("flush", 1, 1), ("flush", 1, 1)]
+    assert seen == [*flushed, ("replace", 1, 1), ("replace", 1, 2), ("end", 2, 2)]
 
 
 # The goodbye.
 
 
 def test_goodbye_waits_for_ten_seconds_at_the_most(make):
-    made = make()
+    made = make(kind=server.StandaloneServer)
     given = []
     client = Client()
     client.reconnect = lambda ins, timeout, group_id: given.append(timeout)
@@ -734,28 +875,22 @@ def test_rounds_of_a_hundred_clients_run_at_once(make):
     assert make(*[Client(update) for _ in range(100)]).run_round(None)["clients"] == 100
 
 
-# Addresses.
+# The command line.
 
 
-def test_address_is_checked(capsys, monkeypatch):
-    server.check_address("127.0.0.1:0", encrypted=False)
-    server.check_address("localhost:0", encrypted=False)
-    server.check_address("0.0.0.0:0", encrypted=True)
-    assert capsys.readouterr().err == ""
-    server.check_address("0.0.0.0:0", encrypted=False)
-    assert "Warning: whoever reaches 0.0.0.0:0 can join" in capsys.readouterr().err
-    with pytest.raises(cifar.UserError, match="Cannot listen on 192.0.2.1:1: "):
-        server.check_address("192.0.2.1:1", encrypted=False)
-
-
-def test_every_address_of_a_host_counts(capsys, monkeypatch):
-    def getaddrinfo(*args, **kwargs):
-        kind = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
-        return [(*kind, ("127.0.0.1", 0)), (*kind, ("0.0.0.0", 0))]
-
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    server.check_address("both:0", encrypted=False)
-    assert "Warning: whoever reaches both:0" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "address, warned",
+    [("127.0.0.1:1", False), ("localhost:1", False), ("[::1]:1", False), ("0.0.0.0:1", True)],
+)
+def test_open_address_without_tls_is_warned_about(
+    call, tmp_path, monkeypatch, capsys, address, warned
+):
+    given = []
+    monkeypatch.setattr(server.fl.server, "start_server", lambda **kwargs: given.append(kwargs))
+    out = call("server", "--server-address", address, "--model", tmp_path / "model.pt")
+    assert (f"Warning: no TLS on {address}: anyone who can reach it can join" in out) is warned
+    assert given[0]["server_address"] == address
+    given[0]["server"].lock.release()
 
 
 def test_engine_gets_the_same_server_and_the_same_checks(tmp_path, monkeypatch, capsys):
@@ -772,3 +907,317 @@ def test_engine_gets_the_same_server_and_the_same_checks(tmp_path, monkeypatch, 
     with pytest.raises(SystemExit):
         server.server_fn(context)
     assert "argument --rounds: 0 is not between" in capsys.readouterr().err
+
+
+# Strategies: Flower's, and your own.
+
+strategies = server.fl.server.strategy
+
+
+def recording(calls):
+    """Return a FedAvg that notes what it is given: (name, round, results, failures)."""
+
+    class Recording(strategies.FedAvg):
+        def aggregate_fit(self, server_round, results, failures):
+            calls.append(("fit", server_round, len(results), failures))
+            return super().aggregate_fit(server_round, results, failures)
+
+        def aggregate_evaluate(self, server_round, results, failures):
+            calls.append(("evaluate", server_round, len(results), failures))
+            return super().aggregate_evaluate(server_round, results, failures)
+
+    return Recording
+
+
+def test_strategy_sees_lost_clients_and_rejected_results(make, monkeypatch):
+    calls = []
+    use_strategy(monkeypatch, recording(calls))
+    unable = FitRes(Status(Code.FIT_NOT_IMPLEMENTED, ""), Parameters([], ""), 0, {})
+    bad, lost = evaluate_res(-1.0), GrpcBridgeClosed()
+    made = make(Client(), Client(fit_res([]), bad), Client(lost, lost), Client(unable))
+    assert made.run_round(None)["clients"] == 1
+    fit_failures, evaluate_failures = (call[3] for call in calls)
+    assert [call[:3] for call in calls] == [("fit", 1, 1), ("evaluate", 1, 2)]
+    assert fit_failures[0] is lost
+    rejected = sorted(
+        (client.cid[0], len(res.parameters.tensors)) for client, res in fit_failures[1:]
+    )
+    assert rejected == [("1", 0), ("3", 0)]
+    assert evaluate_failures[0] is lost
+    assert [(client.cid[0], res) for client, res in evaluate_failures[1:]] == [("1", bad)]
+
+
+@pytest.mark.parametrize("bad", [fit_res([]), GrpcBridgeClosed()])
+def test_strategy_that_accepts_no_failures_fails_the_round(make, monkeypatch, bad):
+    use_strategy(monkeypatch, strategies.FedAvg, accept_failures=False)
+    made = make(Client(), Client(bad))
+    with pytest.raises(cifar.UserError, match="the strategy returned no parameters") as error:
+        made.run_round(None)
+    assert isinstance(error.value, server.ClientsLost) is isinstance(bad, Exception)
+
+
+def test_strategy_evaluates_the_initial_model_and_each_round(make, monkeypatch, capsys):
+    calls = []
+
+    def evaluate_fn(server_round, arrays, config):
+        calls.append((server_round, float(arrays[1][0])))
+        return np.float32(0.5), {"f1": np.float64(server_round / 4)}
+
+    use_strategy(monkeypatch, strategies.FedAvg, evaluate_fn=evaluate_fn)
+    made = make(Client(fit_res(weights(1))))
+    first = float(arrays_of(made)[1][0])
+    made.fit(2, None)
+    trained = float(weights(1)[1][0])
+    assert calls == [(0, first), (1, trained), (2, trained)]
+    out = capsys.readouterr().out
+    assert 'Initial model: centralized {"loss": 0.5, "f1": 0.0}\n' in out
+    assert 'Round 2/3: centralized {"loss": 0.5, "f1": 0.5}\n' in out
+    centralized = [record["centralized"] for record in history(made.args.model)]
+    assert centralized == [{"loss": 0.5, "f1": 0.25}, {"loss": 0.5, "f1": 0.5}]
+    calls.clear()
+    make(Client(fit_res(weights(1))), flags=["--resume"]).fit(3, None)
+    assert calls == [(3, trained)]
+
+
+def test_metrics_of_the_strategy_are_shown_and_saved(make, monkeypatch, capsys):
+    def metrics_fn(metrics):
+        return {"norm": np.float32(sum(n * each["norm"] for n, each in metrics))}
+
+    use_strategy(monkeypatch, strategies.FedAvg, fit_metrics_aggregation_fn=metrics_fn)
+    made = make(Client(fit_res(weights(), 10, norm=0.5)), Client(fit_res(weights(), 1, norm=0.25)))
+    made.fit(1, None)
+    assert history(made.args.model)[0]["fit_metrics"] == {"norm": 5.25}
+    assert 'Round 1/3: fit_metrics {"norm": 5.25}\n' in capsys.readouterr().out
+
+
+def test_strategy_is_told_the_round_that_is_printed(make, monkeypatch, capsys):
+    told = []
+    settings = {"on_fit_config_fn": lambda server_round: told.append(server_round) or {"lr": 0.5}}
+    use_strategy(monkeypatch, strategies.FedAvg, **settings)
+    make(Client()).fit(1, None)
+    capsys.readouterr()
+    made = make(Client(), flags=["--resume"])
+    made.fit(3, None)
+    assert told == [1, 2, 3]
+    out = capsys.readouterr().out
+    assert [line[:9] for line in out.splitlines() if "training on" in line] == [
+        "Round 2/3",
+        "Round 3/3",
+    ]
+    assert history(made.args.model)[2]["config"] == {"lr": 0.5}
+
+
+def test_strategy_may_hold_clients_and_locks(make, monkeypatch):
+    class Holding(strategies.FedAvg):
+        lock, clients = threading.Lock(), {}
+
+        def aggregate_fit(self, server_round, results, failures):
+            self.mine = threading.Lock()
+            with self.lock:
+                self.clients[server_round] = [client for client, _ in results]
+            return super().aggregate_fit(server_round, results, failures)
+
+    use_strategy(monkeypatch, Holding)
+    client = Client()
+    made = make(client)
+    made.fit(2, None)
+    assert made.strategy.clients == {1: [client], 2: [client]}
+
+
+@pytest.mark.parametrize(
+    "aggregate, reason",
+    [
+        (lambda: ndarrays_to_parameters(weights()[:8]), "fc3.weight is missing: got 8 parameters"),
+        (lambda: None, "the strategy returned no parameters"),
+    ],
+)
+def test_aggregate_that_is_no_model_fails_the_round(make, monkeypatch, capsys, aggregate, reason):
+    class Wrong(strategies.FedAvg):
+        def aggregate_fit(self, server_round, results, failures):
+            return aggregate(), {}
+
+    use_strategy(monkeypatch, Wrong)
+    with pytest.raises(cifar.UserError, match="Giving up"):
+        make(Client()).fit(1, None)
+    line = f"failed ({reason}), global model unchanged, attempt 1 of 3"
+    assert line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("settings", [{}, {"min_available_clients": 3}])
+def test_strategy_that_waits_for_more_clients_fails_the_round(make, monkeypatch, settings):
+    monkeypatch.setattr(
+        server, "make_strategy", lambda parameters, config: strategies.FedAvg(**settings)
+    )
+    clients = [Client()] * (1 if not settings else 2)
+    made = make(*[Client() for _ in clients])
+    with pytest.raises(cifar.UserError, match=f"the strategy chose none of {len(clients)} clients"):
+        made.run_round(None)
+
+
+def test_fraction_of_the_clients_is_trained(make, monkeypatch, capsys):
+    use_strategy(monkeypatch, strategies.FedAvg, fraction_fit=0.5)
+    clients = [Client() for _ in range(4)]
+    assert make(*clients).run_round(None)["clients"] == 2
+    asked = sorted([kind for kind, _ in client.asked] for client in clients)
+    assert asked == [["evaluate"]] * 2 + [["fit", "evaluate"]] * 2
+    assert "Round 1/3: training on 2 of 4 clients\n" in capsys.readouterr().out
+
+
+def test_bug_in_a_check_of_the_servers_own_is_no_failed_round(make, monkeypatch, capsys):
+    made = make(Client())
+    monkeypatch.setattr(cifar, "check_parameters", lambda *args: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        made.fit(1, None)
+    made.history = [{"round": 1}]  # resumed: the initial model is not checked, updates are
+    with pytest.raises(ZeroDivisionError):
+        made.fit(2, None)
+    assert "attempt" not in capsys.readouterr().out
+
+
+def fed_avg_m(**settings):
+    strategy = strategies.FedAvgM(server_momentum=0.5, **settings)
+    strategy.momentum_vector = [np.zeros_like(array) for array in weights()]  # for --resume
+    return strategy
+
+
+def q_fed_avg(**settings):
+    return strategies.QFedAvg(
+        evaluate_fn=lambda server_round, arrays, config: (1.0, {}), **settings
+    )
+
+
+def with_privacy(kind, **privacy):
+    def make_strategy(**settings):
+        return kind(strategies.FedAvg(**settings), 0.1, num_sampled_clients=3, **privacy)
+
+    return make_strategy
+
+
+class Halving(strategies.FedAvg):
+    """Somebody's own strategy."""
+
+    def aggregate_fit(self, server_round, results, failures):
+        aggregate, metrics = super().aggregate_fit(server_round, results, failures)
+        arrays = [array / 2 for array in parameters_to_ndarrays(aggregate)]
+        return ndarrays_to_parameters(arrays), metrics
+
+
+STRATEGIES = {
+    "FedAvg": strategies.FedAvg,
+    "FedAvgM": fed_avg_m,
+    "FedAdam": strategies.FedAdam,
+    "FedYogi": strategies.FedYogi,
+    "FedMedian": strategies.FedMedian,
+    "FedTrimmedAvg": strategies.FedTrimmedAvg,
+    "Krum": lambda **settings: strategies.Krum(num_malicious_clients=0, **settings),
+    "QFedAvg": q_fed_avg,
+    "FedProx": lambda **settings: strategies.FedProx(proximal_mu=0.1, **settings),
+    "DifferentialPrivacyServerSideFixedClipping": with_privacy(
+        strategies.DifferentialPrivacyServerSideFixedClipping, clipping_norm=1.0
+    ),
+    "DifferentialPrivacyServerSideAdaptiveClipping": with_privacy(
+        strategies.DifferentialPrivacyServerSideAdaptiveClipping
+    ),
+    "Halving": Halving,
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_strategy_runs_and_its_aggregate_is_tested_and_saved(make, tmp_path, monkeypatch, name):
+    use_strategy(monkeypatch, STRATEGIES[name])
+    clients = [Client(fit_res(weights(seed))) for seed in (1, 2, 3)]
+    made = make(*clients)
+    initial = arrays_of(made)
+    made.fit(1, None)
+    middle = arrays_of(made)
+    made = make(*clients, flags=["--resume"])
+    made.fit(2, None)
+    assert [record["strategy"] for record in history(tmp_path / "model.pt")] == [name] * 2
+    saved = cifar.get_parameters(cifar.load_model(tmp_path / "model.pt"))
+    assert not np.array_equal(middle[0], initial[0])
+    for client in clients:
+        fits = [ins for kind, ins in client.asked if kind == "fit"]
+        tests = [ins for kind, ins in client.asked if kind == "evaluate"]
+        assert (len(fits), len(tests)) == (2, 2)
+        for sent, expected in ((fits[1], middle), (tests[0], middle), (tests[1], saved)):
+            for one, other in zip(parameters_to_ndarrays(sent.parameters), expected, strict=True):
+                np.testing.assert_array_equal(one, other)
+    for ours, kept in zip(arrays_of(made), saved, strict=True):
+        np.testing.assert_array_equal(ours, kept)
+    if name == "Halving":
+        mean = np.mean([weights(seed)[1] for seed in (1, 2, 3)], axis=0)
+        np.testing.assert_allclose(saved[1], mean / 2, rtol=1e-5)
+
+
+# Client managers, and the server of start_server().
+
+
+def test_snapshot_samples_at_once_or_not_at_all():
+    manager = SimpleClientManager()
+    for cid in "abc":
+        manager.register(Client(cid=cid))
+    snapshot = server.Snapshot(manager)
+    manager.register(Client(cid="d"))
+    assert {client.cid for client in snapshot.sample(3)} == set("abc")
+    assert len(snapshot.sample(2, 3)) == 2
+    assert snapshot.sample(4) == []
+    assert snapshot.sample(1, 4) == []
+
+
+class Answering(Client):
+    """A client that answers get_properties() with `answer`, once `ready` is set."""
+
+    def __init__(self, answer=None):
+        super().__init__()
+        self.reply, self.ready, self.asking = answer, threading.Event(), threading.Event()
+
+    def get_properties(self, ins, timeout, group_id):
+        self.asking.set()
+        assert self.ready.wait(60)
+        if self.reply:
+            raise self.reply
+        return types.SimpleNamespace(properties={"client": "laptop-7"})
+
+
+def joined(manager, client, meanwhile=lambda: None):
+    """Register the client; return who is listed before and after it has answered."""
+    others = set(threading.enumerate())
+    assert manager.register(client)
+    (thread,) = set(threading.enumerate()) - others
+    assert client.asking.wait(60)
+    before = dict(manager.all())
+    meanwhile()
+    client.ready.set()
+    thread.join(60)
+    assert not thread.is_alive()
+    return before, dict(manager.all())
+
+
+def test_client_is_listed_once_it_has_answered():
+    client = Answering()
+    before, after = joined(server.ConnectedClients(), client)
+    assert (before, after) == ({}, {client.cid: client})
+    assert server.name_of(client) == "laptop-7"
+
+
+@pytest.mark.parametrize("answer", [None, GrpcBridgeClosed()])
+def test_client_that_left_while_it_joined_is_not_listed(answer):
+    manager, client = server.ConnectedClients(), Answering(answer)
+    assert joined(manager, client, lambda: manager.unregister(client)) == ({}, {})
+
+
+def test_standalone_server_keeps_the_exception_for_main(make, monkeypatch, tmp_path, call):
+    made = make(Client(), kind=server.StandaloneServer)
+    error = SystemExit(0)
+    monkeypatch.setattr(server.CifarServer, "run_round", lambda *args: (_ for _ in ()).throw(error))
+    made.fit(3, None)
+    assert made.error is error
+    made.lock.release()
+
+    def start_server(**kwargs):
+        kwargs["server"].client_manager().wait_for = lambda *args: None
+        kwargs["server"].fit(3, None)
+
+    monkeypatch.setattr(server.fl.server, "start_server", start_server)
+    with pytest.raises(cifar.UserError, match="Stopped after 0 of 3 rounds. Model saved to"):
+        call("server", "--model", tmp_path / "model.pt")
