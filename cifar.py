@@ -325,19 +325,19 @@ def check_parameters(
 
     They must be finite, and no weight may be larger than `limit`.
     """
-    names = list(expected)
-    if len(arrays) < len(names):
-        raise UserError(f"{names[len(arrays)]} is missing: got {len(arrays)} parameters")
-    if len(arrays) > len(names):
-        raise UserError(f"expected {len(names)} parameters, got {len(arrays)} (different models?)")
-    for name, array in zip(names, arrays, strict=True):
-        own, got = (f"{each.dtype}{each.shape}" for each in (expected[name], array))
+    for (name, like), array in zip(expected.items(), arrays):
+        own, got = (f"{each.dtype}{each.shape}" for each in (like, array))
         if got != own:
             raise UserError(f"{name}: expected {own}, got {got} (different models?)")
         if not np.isfinite(array).all():
             raise UserError(f"NaN or infinity in {name}")
         if largest(array) > limit:
             raise UserError(f"{name}: {largest(array):g} is implausible (limit {limit:g})")
+    if len(arrays) < len(expected):
+        missing = list(expected)[len(arrays)]
+        raise UserError(f"{missing} is missing: got {len(arrays)} of {len(expected)} parameters")
+    if len(arrays) > len(expected):
+        raise UserError(f"expected {len(expected)} parameters, got {len(arrays)}")
 
 
 def largest(array: np.ndarray) -> float:

@@ -98,7 +98,7 @@ def test_tls_lets_in_who_trusts_the_authority_and_tells_the_others_why(
     other = start(*arguments, "--root-certificates", tls / "other.pem", cifar=small_cifar)
     for client, reason in (
         (plain, "if it uses TLS, add --root-certificates"),
-        (other, "is not from the authority in --root-certificates"),
+        (other, "its certificate is not signed by the CA in --root-certificates, has expired, or "),
         (elsewhere, "its certificate does not name this host"),
     ):
         assert client.end() == 1
@@ -110,13 +110,16 @@ def test_tls_lets_in_who_trusts_the_authority_and_tells_the_others_why(
 
 
 def test_client_with_tls_is_told_that_the_server_has_none(start, address, small_cifar, tls):
-    server = start("server.py", "--server-address", address.replace("127.0.0.1", "0.0.0.0"))
+    headings = re.findall("^## (.*)", README, re.MULTILINE)
+    host = address.replace("127.0.0.1", "0.0.0.0")
+    server = start("server.py", "--server-address", host)
     server.until("Waiting for clients: 0 of 2")
-    assert "Warning: whoever reaches 0.0.0.0" in server.output
+    assert f"Warning: no TLS on {host}: anyone who can reach it can join" in server.output
+    assert re.search('See "(.*)" in README.md', server.output)[1] in headings  # type: ignore[index]
     arguments = ["--server-address", address, "--wait", 1, "--root-certificates", tls / "ca.pem"]
     client = start("client.py", *arguments, cifar=small_cifar)
     assert client.end() == 1
-    assert "it does not use TLS, leave --root-certificates out" in client.output
+    assert "it does not use TLS; remove --root-certificates" in client.output
 
 
 # Flower's engine, and the example.
@@ -213,7 +216,7 @@ def federate(tmp_path, address, start):
         ]
         assert serving.end() == 0, serving.output
         assert [each.end() for each in clients] == [0, 0], clients[0].output
-        assert "refused" not in serving.output
+        assert "rejected" not in serving.output
         records = json.loads((tmp_path / "global_model.json").read_text())
         assert [record["clients"] for record in records] == [2] * rounds
         return records, clients[0].output
@@ -296,7 +299,7 @@ def test_other_data_set_of_other_size_and_color(tmp_path, federate, start):
     apply(tmp_path, "MNIST")
     records, output = federate(2, data, *training)
     assert records[-1]["accuracy"] > 0.5 and records[-1]["data"] == "MNIST"
-    assert "of MNIST: 2000 images to train on, 500 to test on" in output
+    assert "MNIST, partition 0 of 1: 2000 training / 500 test images" in output
     assert evaluated(start, tmp_path, *data) == pytest.approx(records[-1]["accuracy"], abs=1e-9)
     assert torch.load(tmp_path / "global_model.pt")["conv1.weight"].shape == (6, 1, 5, 5)
 
@@ -308,8 +311,7 @@ def test_both_sides_name_what_differs_between_their_networks(tmp_path, address, 
     other = start(tmp_path / "client.py", "--server-address", address, "--synthetic")
     assert (server.end(), good.end(), other.end()) == (0, 0, 1), other.output
     name = re.search(r"Client (.*)", other.output)[1]  # type: ignore[index]
-    line = "conv2.weight is float32(6,) instead of float32(16, 6, 5, 5), as of another network"
-    assert f"result of client '{name}' refused: {line}" in server.output
-    line = "norm1.weight is float32(16, 6, 5, 5) instead of float32(6,), as of another network"
+    assert f"client '{name}' lost: disconnected" in server.output
+    line = "norm1.weight: expected float32(6,), got float32(16, 6, 5, 5) (different models?)"
     assert other.output.splitlines()[-1] == line
     assert "Traceback" not in other.output + server.output

@@ -215,9 +215,9 @@ BAD_UPDATES = {
     "conv2.weight: expected float32(16, 6, 5, 5), got int64(16, 6, 5, 5)": lambda: fit_res(
         with_array(np.zeros((16, 6, 5, 5), int))
     ),
-    "fc3.bias is missing: got 9 parameters": lambda: fit_res(weights()[:-1]),
+    "fc3.bias is missing: got 9 of 10 parameters": lambda: fit_res(weights()[:-1]),
     "expected 10 parameters, got 11": lambda: fit_res(weights() + weights()[-1:]),
-    "conv1.weight is missing: got 0 parameters": lambda: fit_res([]),
+    "conv1.weight is missing: got 0 of 10 parameters": lambda: fit_res([]),
     "fc3.bias: 1001 is implausible (limit 1000)": lambda: fit_res(with_value(-1001)),
     "0 examples": lambda: fit_res(weights(), 0),
     "-5 examples": lambda: fit_res(weights(), -5),
@@ -1027,7 +1027,10 @@ def test_strategy_may_hold_clients_and_locks(make, monkeypatch):
 @pytest.mark.parametrize(
     "aggregate, reason",
     [
-        (lambda: ndarrays_to_parameters(weights()[:8]), "fc3.weight is missing: got 8 parameters"),
+        (
+            lambda: ndarrays_to_parameters(weights()[:8]),
+            "fc3.weight is missing: got 8 of 10 parameters",
+        ),
         (lambda: None, "the strategy returned no parameters"),
     ],
 )
