@@ -545,8 +545,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    print(f"Model {args.evaluate}" if args.evaluate else "Centralized PyTorch training")
     net = (load_model(args.evaluate) if args.evaluate else Net()).to(DEVICE)
+    print(f"Model {args.evaluate}" if args.evaluate else "Centralized PyTorch training")
     print("Load data")
     trainloader, testloader, _ = load_data(args.batch_size, args.data_root, args.synthetic)
     check_network(net, testloader.dataset)

@@ -57,7 +57,7 @@ class Script:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
             cwd=cwd,
             env={k: v for k, v in os.environ.items() if k not in UNSET} | env,
         )

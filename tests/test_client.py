@@ -1,40 +1,41 @@
 """client.py: what goes to the server and what comes from it; without a network."""
 
+import inspect
 import re
 import subprocess
 import sys
-import types
-from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from flwr.common import EvaluateIns, FitIns, ndarrays_to_parameters
+from flwr.common import (
+    Context,
+    EvaluateIns,
+    FitIns,
+    GetPropertiesIns,
+    RecordDict,
+    ndarrays_to_parameters,
+)
 from flwr.supercore.grpc import create_channel
-from grpc._cython import cygrpc
 
 import cifar
 import client
 
-HOLDS = {"data": "generated images", "part": "all"}
+PROPERTIES = {"client": "me", "data": "generated images", "partition": "all of it"}
 
 
 @pytest.fixture
 def made():
     """Return a client on 320 synthetic images, tested on 100."""
-    datasets = [
-        cifar.Images(*cifar.synthesize(count, seed), np.arange(count))
-        for count, seed in ((320, 1), (100, 2))
-    ]
     trainloader, testloader = (
-        torch.utils.data.DataLoader(dataset, batch_size=32, collate_fn=tuple)
-        for dataset in datasets
+        cifar.make_loader(images, torch.utils.data.SequentialSampler(images), batch_size=32)
+        for images in (cifar.synthesize(320, seed=1), cifar.synthesize(100, seed=2))
     )
     num_examples = {"trainset": 320, "testset": 100}
-    net = cifar.Net().to(client.DEVICE)
-    return client.CifarClient(net, trainloader, testloader, num_examples, HOLDS)
+    net = cifar.Net().to(cifar.DEVICE)
+    return client.CifarClient(net, trainloader, testloader, num_examples, PROPERTIES)
 
 
 def test_parameters_survive_the_round_trip(made):
@@ -52,28 +53,25 @@ def of_another_network(parameters):
     return [*parameters[:-3], parameters[-3][:3] + 1, *parameters[-2:]]
 
 
-WRONG = re.escape("fc2.bias is float32(3,) instead of float32(84,)")
+WRONG = re.escape("fc2.bias: expected float32(84,), got float32(3,) (different models?)")
 
 
-def test_wrong_parameters_are_an_error_that_names_the_first(made):
+def test_wrong_parameters_are_an_error_that_names_the_first(made, capsys):
     given = made.get_parameters({})
-    for use in (made.set_parameters, lambda parameters: made.evaluate(parameters, {})):
+    for use in (
+        made.set_parameters,
+        lambda parameters: made.fit(parameters, {}),
+        lambda parameters: made.evaluate(parameters, {}),
+    ):
         with pytest.raises(cifar.UserError, match=WRONG):
             use(of_another_network(given))
     for ours, before in zip(made.get_parameters({}), given):
         np.testing.assert_array_equal(ours, before)
+    assert capsys.readouterr().out == ""
 
 
-def test_wrong_parameters_are_not_trained_but_answered(made, capsys):
-    """The answer, this client's own weights, is what the server refuses by the client's name."""
-    before = made.get_parameters({})
-    answer, num_examples, metrics = made.fit(of_another_network(before), {})
-    for ours, theirs in zip(before, answer, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    assert num_examples == 320 and metrics == {"client": client.NAME, **HOLDS}
-    printed = capsys.readouterr()
-    assert re.match(WRONG, printed.err) and printed.err.count("\n") == 1
-    assert "Training" not in printed.out
+def test_properties_are_what_the_client_was_made_with(made):
+    assert made.get_properties({}) == PROPERTIES
 
 
 def test_fit_starts_from_the_given_parameters_and_returns_the_trained(made):
@@ -81,10 +79,10 @@ def test_fit_starts_from_the_given_parameters_and_returns_the_trained(made):
     kept = [value.copy() for value in given]
     made.set_parameters([value * 0 for value in given])
     trained, num_examples, metrics = made.fit(given, {})
-    assert num_examples == 320 and metrics == {"client": client.NAME, **HOLDS}
+    assert num_examples == 320 and metrics == PROPERTIES
     net = cifar.Net()
     net.load_state_dict(dict(zip(net.state_dict(), map(torch.tensor, kept))))
-    cifar.train(net.to(client.DEVICE), made.trainloader, epochs=1, device=client.DEVICE)
+    cifar.train(net.to(cifar.DEVICE), made.trainloader, epochs=1, device=cifar.DEVICE)
     for theirs, ours, before, given_now in zip(net.state_dict().values(), trained, kept, given):
         np.testing.assert_allclose(ours, theirs.cpu().numpy(), rtol=1e-5, atol=1e-7)
         assert not np.array_equal(ours, before)
@@ -110,11 +108,11 @@ def test_config_reaches_the_training(made, monkeypatch):
 
 def test_evaluate_tests_the_given_parameters(made, capsys):
     given = made.get_parameters({})
-    expected = cifar.test(made.model, made.testloader, client.DEVICE)
+    expected = cifar.test(made.model, made.testloader, cifar.DEVICE)
     made.set_parameters([value * 0 for value in given])
     loss, num_examples, metrics = made.evaluate(given, {})
     assert (loss, metrics["accuracy"]) == pytest.approx(expected)
-    told = {"client": client.NAME, **HOLDS, "accuracy": metrics["accuracy"]}
+    told = {**PROPERTIES, "accuracy": metrics["accuracy"]}
     assert num_examples == 100 and metrics == told
     assert f"loss {loss:.4f}" in capsys.readouterr().out
 
@@ -125,9 +123,10 @@ def test_clients_without_a_seed_shuffle_differently(start, tmp_path):
     program.write_text(
         "import sys; sys.path.insert(0, sys.argv.pop(1))\n"
         "import cifar, client\n"
-        "made = client.make_client(client.make_parser().parse_args())\n"
+        "made = client.make_client(client.make_parser().parse_args(), name='x')\n"
         "cifar.train = lambda net, loader, **how: print(next(iter(loader))[1].tolist())\n"
-        "made.numpy_client.fit(made.numpy_client.get_parameters({}), {})\n"
+        "made.numpy_client.fit(made.numpy_client.get_parameters({}), {})\n",
+        encoding="utf-8",
     )
     seeds = [[], [], ["--seed", 7], ["--seed", 7]]
     runs = [start(program, ROOT, "--synthetic", *seed) for seed in seeds]
@@ -142,9 +141,13 @@ def test_clients_without_a_seed_shuffle_differently(start, tmp_path):
 @pytest.fixture
 def few_images(monkeypatch, tmp_path):
     """Make CIFAR-10 and the generated images 10 images of two classes; return their folder."""
-    labelled = np.zeros((10, 32, 32, 3), np.uint8), np.arange(10) % 2
-    monkeypatch.setattr(cifar, "read_images", lambda root, download: (labelled, labelled))
-    monkeypatch.setattr(cifar, "synthesize", lambda num_images, seed: labelled)
+
+    def images(name):
+        return cifar.Images(name, np.zeros((10, 32, 32, 3), np.uint8), np.arange(10) % 2)
+
+    both = images("CIFAR-10"), images("CIFAR-10")
+    monkeypatch.setattr(cifar, "read_images", lambda root, download: both)
+    monkeypatch.setattr(cifar, "synthesize", lambda num_images, seed: images("generated images"))
     return tmp_path
 
 
@@ -154,19 +157,18 @@ def told(made):
     trained = made.fit(FitIns(parameters, {}))
     tested = made.evaluate(EvaluateIns(parameters, {}))
     assert tested.metrics == {**trained.metrics, "accuracy": tested.metrics["accuracy"]}
-    assert trained.num_examples == tested.num_examples
-    assert trained.metrics["client"] == client.NAME
-    held = {name: value for name, value in trained.metrics.items() if name != "client"}
-    return {**held, "images": trained.num_examples}
+    answer = made.get_properties(GetPropertiesIns({}))
+    assert answer.properties == trained.metrics
+    return {**trained.metrics, "images": (trained.num_examples, tested.num_examples)}
 
 
 HELD = [
-    ("", ["CIFAR-10", "all", 10]),
-    ("--synthetic", ["generated images", "all", 10]),
-    ("--num-partitions 2", ["CIFAR-10 in 2 parts, alpha none", "part 0", 5]),
+    ("", ["CIFAR-10", "all of it", (10, 10)]),
+    ("--synthetic", ["generated images", "all of it", (10, 10)]),
+    ("--num-partitions 2", ["CIFAR-10 in 2 partitions (IID)", "partition 0", (5, 5)]),
     (
         "--synthetic --num-partitions 5 --partition-id 1 --alpha 0.5",
-        ["generated images in 5 parts, alpha 0.5", "part 1", 2],
+        ["generated images in 5 partitions (alpha 0.5)", "partition 1", (3, 2)],
     ),
 ]
 
@@ -174,62 +176,109 @@ HELD = [
 @pytest.mark.parametrize("flags, held", HELD)
 def test_client_says_what_it_holds(few_images, capsys, flags, held):
     arguments = ["--data-root", str(few_images), *flags.split()]
-    made = client.make_client(client.make_parser().parse_args(arguments))
+    made = client.make_client(client.make_parser().parse_args(arguments), "myself")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"Client {client.NAME}"
-    assert f": {held[2]} images to train on, {held[2]} to test on" in lines[1]
-    assert told(made) == dict(zip(["data", "part", "images"], held))
+    assert lines[0] == "Client myself"
+    assert lines[1].endswith(": {} training / {} test images".format(*held[2]))
+    expected = dict(zip(["data", "partition", "images"], held))
+    assert told(made) == {"client": "myself", "classes": "class 0, class 1", **expected}
 
 
-def test_part_that_does_not_exist_is_an_error(few_images):
+def test_partition_that_does_not_exist_is_an_error(few_images):
     flags = ["--data-root", str(few_images), "--partition-id", "2", "--num-partitions", "2"]
-    with pytest.raises(cifar.UserError, match="no part 2 of 2"):
-        client.make_client(client.make_parser().parse_args(flags))
+    with pytest.raises(cifar.UserError, match="--partition-id 2 is out of range"):
+        client.make_client(client.make_parser().parse_args(flags), "myself")
 
 
-def test_flowers_engine_gets_the_same_client_again(few_images, monkeypatch):
-    """Which images it holds follows from both configs, and the node's own wins."""
+@pytest.fixture
+def from_engine(few_images, monkeypatch):
+    """Return what makes clients as Flower's engine does, from a run's and a node's config."""
     monkeypatch.setattr(client, "clients", {})
 
-    def client_of(part, **run):
+    def client_of(run, **node):
         run_config = {"rounds": 3, "num-partitions": 9, "alpha": 0.5, "synthetic": True, **run}
-        node_config = {"partition-id": part, "num-partitions": 2, "data-root": str(few_images)}
-        return client.client_fn(
-            types.SimpleNamespace(run_config=run_config, node_config=node_config)
-        )
+        node_config = {"num-partitions": 2, "data-root": str(few_images), **node}
+        context = Context(7, 12, node_config, RecordDict(), run_config)
+        return client.client_fn(context)
+
+    return client_of
+
+
+def test_flowers_engine_gets_the_same_client_again(from_engine):
+    """Which images it holds follows from both configs, and the node's own wins."""
+
+    def client_of(part, **run):
+        return from_engine(run, **{"partition-id": part})
 
     first, second, real = client_of(0), client_of(1), client_of(1, synthetic=False)
     assert client_of(0) is first and client_of(1) is second and first is not second
-    assert [told(made)["part"] for made in (first, second)] == ["part 0", "part 1"]
-    assert told(second)["data"] == "generated images in 2 parts, alpha 0.5"
-    assert told(real)["data"] == "CIFAR-10 in 2 parts, alpha 0.5"
+    for made, number in ((first, 0), (second, 1)):
+        assert told(made)["client"] == told(made)["partition"] == f"partition {number}"
+    assert told(second)["data"] == "generated images in 2 partitions (alpha 0.5)"
+    assert told(real)["data"] == "CIFAR-10 in 2 partitions (alpha 0.5)"
+
+
+def test_flowers_engine_names_a_node_without_a_partition(from_engine):
+    assert told(from_engine({}))["client"] == "node 12"
 
 
 # What Flower and gRPC are told.
 
 
-def test_channels_ask_for_signs_of_life(monkeypatch):
-    """What Flower opens keeps its own options, and gets the keepalive's."""
-    for name in ("insecure_channel", "secure_channel"):
-        monkeypatch.setattr(grpc, name, lambda *args, options: (args, options))
+def insecure_channel(target, options=None, compression=None):
+    """Stand in for gRPC's, which has these arguments; return them."""
+    return {"target": target, "options": options, "compression": compression}
+
+
+def secure_channel(target, credentials, options=None, compression=None):
+    """Stand in for gRPC's, which has these arguments; return them."""
+    return {"credentials": credentials, **insecure_channel(target, options, compression)}
+
+
+@pytest.fixture
+def kept_alive(monkeypatch):
+    """Call keep_alive() on functions that open nothing, but have gRPC's signatures."""
+    for stand_in in (insecure_channel, secure_channel):
+        real = inspect.signature(getattr(grpc, stand_in.__name__))
+        assert list(real.parameters) == list(inspect.signature(stand_in).parameters)
+        monkeypatch.setattr(grpc, stand_in.__name__, stand_in)
     client.keep_alive()
-    for insecure in (True, False):
-        args, pairs = create_channel("host:1", insecure, max_message_length=7)
-        options = dict(pairs)
-        assert args[0] == "host:1" and len(args) == (1 if insecure else 2)
-        assert options["grpc.max_send_message_length"] == 7
-        # A gRPC server takes one question every five minutes, and hangs up on who asks more often.
-        asked, awaited = options["grpc.keepalive_time_ms"], options["grpc.keepalive_timeout_ms"]
-        assert 300_000 < asked and 0 < awaited and asked + awaited <= 360_000
-        assert options["grpc.http2.max_pings_without_data"] == 0
 
 
-def test_grpc_knows_the_options():
-    """It takes any name without a word, so what it does not know would do nothing."""
-    names = re.findall(r'"(grpc\.[a-z0-9_.]+)"', (ROOT / "client.py").read_text())
-    assert "grpc.keepalive_time_ms" in names
-    library = Path(cygrpc.__file__).read_bytes()
-    assert [name for name in names if name.encode() + b"\0" not in library] == []
+def assert_alive(opened, own):
+    """Check that a channel has its own options, and those that find a dead link."""
+    options = dict(opened["options"])
+    assert len(options) == len(opened["options"])
+    # A gRPC server takes one question every five minutes, and hangs up on who asks more often.
+    asked, awaited = options.pop("grpc.keepalive_time_ms"), options.pop("grpc.keepalive_timeout_ms")
+    assert 300_000 < asked and 0 < awaited and asked + awaited <= 360_000
+    assert options.pop("grpc.http2.max_pings_without_data") == 0
+    assert options == own
+
+
+@pytest.mark.parametrize("insecure", [True, False])
+def test_channels_of_flower_ask_for_signs_of_life(kept_alive, insecure):
+    opened = create_channel("host:1", insecure, max_message_length=7)
+    assert opened["target"] == "host:1" and ("credentials" in opened) is not insecure
+    lengths = ("grpc.max_send_message_length", "grpc.max_receive_message_length")
+    assert_alive(opened, dict.fromkeys(lengths, 7))
+
+
+def test_channels_ask_for_signs_of_life_however_they_are_opened(kept_alive):
+    own = [("own", 1)]
+    for opened in (
+        grpc.insecure_channel("host:1", own, "gzip"),
+        grpc.insecure_channel(target="host:1", compression="gzip", options=own),
+        grpc.secure_channel("host:1", "key", tuple(own), "gzip"),
+        grpc.secure_channel("host:1", "key", compression="gzip", options=own),
+        grpc.secure_channel(credentials="key", target="host:1", options=own, compression="gzip"),
+    ):
+        assert_alive(opened, {"own": 1})
+        assert opened["target"] == "host:1" and opened["compression"] == "gzip"
+        assert opened.get("credentials", "key") == "key"
+    assert_alive(grpc.insecure_channel("host:1"), {})
+    assert_alive(grpc.insecure_channel("host:1", options=None), {})
+    assert own == [("own", 1)]
 
 
 def test_flower_reports_nothing_to_its_maker():
