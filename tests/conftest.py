@@ -73,7 +73,7 @@ class Script:
                 self.output += line
                 self.more.notify_all()
 
-    def until(self, text: str, count: int = 1, after: str = "", timeout: float = 60) -> None:
+    def until(self, text: str, count: int = 1, after: str = "", timeout: float = 120) -> None:
         """Wait until the script has printed `text`, `count` times; after a first text if given."""
 
         def seen() -> bool:
@@ -88,7 +88,7 @@ class Script:
             assert timeout > 0, f"no {text!r} in:\n{self.output}"
         assert seen(), f"no {text!r} in:\n{self.output}"
 
-    def end(self, timeout: float = 60) -> int:
+    def end(self, timeout: float = 120) -> int:
         """Wait until the script ends; return its exit code."""
         code = self.process.wait(timeout)
         self.reader.join(timeout)
