@@ -228,13 +228,14 @@ def client_fn(context: fl.common.Context) -> fl.client.Client:
     import server  # lazy import: only the engine mixes the flags of both scripts
 
     config = {**context.run_config, **context.node_config}
-    if str(config) not in clients:
+    key = f"{context.node_id} {config}"
+    if key not in clients:
         args = cifar.parse_config(make_parser(), config, server.make_parser())
         name = f"node {context.node_id}"
         if "partition-id" in config:
             name = f"partition {args.partition_id}"
-        clients[str(config)] = make_client(args, name)
-    return clients[str(config)]
+        clients[key] = make_client(args, name)
+    return clients[key]
 
 
 app = fl.client.ClientApp(client_fn=client_fn)

@@ -223,14 +223,14 @@ def test_resume_has_nothing_to_do(start_server, start_client, tmp_path):
 
 
 def test_client_hangs(start_server, start_client, tmp_path):
-    server = start_server(*LONG, "--round-timeout", 7, "--min-clients", 1, "--rounds", 2)
+    server = start_server(*LONG, "--round-timeout", 12, "--min-clients", 1, "--rounds", 2)
     server.until("Waiting for clients: 0 of 1")
     hanging = start_client()
     hanging.until("Training 40 epoch(s)")
     hanging.process.send_signal(signal.SIGSTOP)
     other = start_client()
     assert_done(server, other)
-    lost = f"Round 1/2: client {name_of(hanging)!r} lost: timed out after 7 s\n"
+    lost = f"Round 1/2: client {name_of(hanging)!r} lost: timed out after 12 s\n"
     failed = "Round 1/2: failed (no usable updates), global model unchanged, trying again\n"
     assert lost + failed in server.output
     assert "attempt" not in server.output and "disconnected" not in server.output
