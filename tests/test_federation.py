@@ -337,9 +337,9 @@ def test_client_that_leaves_while_it_joins_is_not_waited_for(address):
 
     class Slow(FlowerServiceServicer):
         def Join(self, request_iterator, context):
-            joined.set()
             over = threading.Event()
             context.add_callback(over.set)
+            joined.set()
             assert over.wait(30)
             yield from super().Join(request_iterator, context)
             left.set()
