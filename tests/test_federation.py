@@ -23,13 +23,9 @@ from flwr.common import Code, EvaluateRes, FitRes, GetPropertiesRes, Parameters,
 from flwr.proto.transport_pb2 import ClientMessage
 from flwr.proto.transport_pb2_grpc import (
     FlowerServiceStub,
-    add_FlowerServiceServicer_to_server,
 )
-from flwr.server.superlink.fleet.grpc_bidi.flower_service_servicer import FlowerServiceServicer
-from flwr.supercore.grpc import generic_create_grpc_server
 
 import cifar
-import server as server_script
 
 LONG = ["--local-epochs", "40"]  # a round on the small CIFAR-10 that takes a second or two
 
@@ -320,44 +316,6 @@ def test_server_takes_anything_at_its_port(start_server, join, address):
         server.until("rejected: 0 examples")
         server.until("lost: disconnected")
     assert_done(server)
-
-
-def test_client_that_leaves_while_it_joins_is_not_waited_for(address):
-    """Its call is over before Flower asks to be told of that."""
-    joined, left = threading.Event(), threading.Event()
-    registered: queue.Queue = queue.Queue()
-
-    class Manager(server_script.ConnectedClients):
-        def register(self, client):
-            known = super().register(client)
-            registered.put(client)
-            return known
-
-    manager = Manager()
-
-    class Slow(FlowerServiceServicer):
-        def Join(self, request_iterator, context):
-            over = threading.Event()
-            context.add_callback(over.set)
-            joined.set()
-            assert over.wait(30)
-            yield from super().Join(request_iterator, context)
-            left.set()
-
-    serving = generic_create_grpc_server(
-        (Slow(manager), add_FlowerServiceServicer_to_server), address
-    )
-    serving.start()
-    with grpc.insecure_channel(address) as channel:
-        call = FlowerServiceStub(channel).Join(iter([]))
-        assert joined.wait(30)
-        call.cancel()
-        client = registered.get(timeout=30)
-    assert manager.num_available() == 0
-    client.bridge.close()  # which lets the thread of the call end
-    assert left.wait(30)
-    assert manager.num_available() == 0
-    serving.stop(None).wait()
 
 
 def test_client_fails_in_its_own_training(start, start_server, start_client, address, program):
