@@ -363,8 +363,9 @@ def load_model(path: Path) -> Net:
     ) as error:
         reason = str(error).partition("for Net:\n\t")[2].partition("\n")[0] or "not a model file"
         raise UserError(f"{path} is not a state_dict of cifar.Net: {reason}") from error
+    arrays = get_parameters(net)
     try:
-        set_parameters(net, get_parameters(net))  # checks them
+        check_parameters(dict(zip(shared_state(net), arrays, strict=True)), arrays)
     except UserError as error:
         raise UserError(f"{path} is not usable: {error}") from error
     return net

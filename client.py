@@ -153,8 +153,8 @@ def keep_alive() -> None:
     keepalive = [
         ("grpc.keepalive_time_ms", 310_000),
         ("grpc.keepalive_timeout_ms", 30_000),
+        ("grpc.http2.max_pings_without_data", 0),  # 0: no limit
     ]
-    keepalive.append(("grpc.http2.max_pings_without_data", 0))  # 0: no limit
 
     def with_keepalive(
         open_channel: Callable[..., grpc.Channel],
