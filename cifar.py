@@ -4,9 +4,9 @@ python3 cifar.py                               # train for 2 epochs, then evalua
 python3 cifar.py --evaluate global_model.pt    # evaluate a saved model
 """
 
-import argparse
 import difflib
 import errno
+import functools
 import http.client
 import io
 import json
@@ -15,8 +15,10 @@ import os
 import socket
 import struct
 import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, suppress
+from math import ceil
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -26,19 +28,14 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor, nn
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    RandomSampler,
-    SequentialSampler,
-)
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 DATASET = "CIFAR-10"
 DATA_ROOT = "~/data/cifar-10"
 DATA_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 IMAGE_SHAPE = (32, 32, 3)  # height, width, channels
 LEARNING_RATE = 0.001
+SERVER_ADDRESS = "127.0.0.1:8080"
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
 
@@ -55,7 +52,7 @@ class Net(nn.Module):
         self.fc3 = nn.Linear(84, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        # ReLU after pooling gives the same numbers as before it, on a quarter of the pixels.
+        # ReLU after pooling: the same numbers as before it, on a quarter of the pixels.
         x = F.relu(self.pool(self.conv1(x)))
         x = F.relu(self.pool(self.conv2(x)))
         x = torch.flatten(x, 1)
@@ -67,20 +64,22 @@ class Net(nn.Module):
 class Images(Dataset):
     """Images kept as bytes, and converted to normalized floats one batch at a time.
 
-    Indexed by a list, it returns a batch, which is much faster than collating single images.
+    Indexed by a list, it returns a batch: much faster than collating single images.
     """
 
     def __init__(self, name: str, images: Any, labels: Any, classes: Sequence[str] = ()) -> None:
         self.name = name
-        self.images = torch.as_tensor(images)  # uint8 (N, height, width, channels)
+        # uint8 (N, height, width, channels)
+        self.images = torch.as_tensor(images).contiguous()
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
-        self.classes = classes or [f"class {i}" for i in range(int(self.labels.max()) + 1)]
+        num_classes = int(self.labels.max()) + 1
+        self.classes = classes or [f"class {i}" for i in range(num_classes)]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """Return floats (len(indices), channels, height, width) in [-1, 1], and int64 labels."""
+        """Return float images (N, channels, height, width) in [-1, 1], and int64 labels (N,)."""
         index = torch.tensor(indices)
         images = self.images.index_select(0, index)
         images = images.permute(0, 3, 1, 2)  # channels_last in memory: pooling is faster
@@ -101,7 +100,8 @@ def load_data(
 ) -> tuple[DataLoader, DataLoader, dict[str, int]]:
     """Load CIFAR-10 (training and test set), or one client's partition of it.
 
-    Batches are float images (N, 3, 32, 32) in [-1, 1] and int64 labels (N,). Raises UserError.
+    Batches are float images (N, 3, 32, 32) in [-1, 1] and int64 labels (N,).
+    Raises UserError.
     """
     if not 0 <= partition_id < num_partitions:
         allowed = f"use 0 to {num_partitions - 1} with --num-partitions {num_partitions}"
@@ -113,8 +113,9 @@ def load_data(
     if num_partitions > 1:
         partitions = partition(trainset.labels.numpy(), num_partitions, alpha)
         trainset = trainset.subset(partitions[partition_id])
-        # Test images are always IID, so that the clients' mean is the accuracy on all of them.
-        testset = testset.subset(partition(testset.labels.numpy(), num_partitions)[partition_id])
+        # Test images are always IID: the clients' average is the accuracy on all of them.
+        partitions = partition(testset.labels.numpy(), num_partitions)
+        testset = testset.subset(partitions[partition_id])
     sizes = f"{len(trainset)} training / {len(testset)} test images"
     print(f"{trainset.name}, partition {partition_id} of {num_partitions}: {sizes}")
     counts = trainset.labels.bincount(minlength=len(trainset.classes))
@@ -152,14 +153,15 @@ def train(
             loss.backward()
             optimizer.step()
             # print statistics
-            running_loss += loss.detach()  # not .item(): a GPU would have to wait for it
-            if i % 100 == 99 or i + 1 == len(trainloader):  # every 100 mini-batches, and the last
-                print(f"[{epoch + 1}, {i + 1:5d}] loss: {running_loss.item() / (i % 100 + 1):.3f}")
+            running_loss += loss.detach()  # .item() here would wait for the GPU each step
+            if i % 100 == 99 or i + 1 == len(trainloader):  # every 100 mini-batches
+                mean_loss = running_loss.item() / (i % 100 + 1)
+                print(f"[{epoch + 1}, {i + 1:5d}] loss: {mean_loss:.3f}")
                 running_loss.zero_()
 
 
 def test(net: nn.Module, testloader: DataLoader, device: torch.device) -> tuple[float, float]:
-    """Validate the network on the entire test set: mean loss per example, and accuracy."""
+    """Validate the network on the entire test set; return mean loss and accuracy."""
     criterion = nn.CrossEntropyLoss(reduction="sum")
     correct = 0
     total = 0
@@ -180,34 +182,39 @@ def test(net: nn.Module, testloader: DataLoader, device: torch.device) -> tuple[
 # Utilities: skip on first reading. Data, models, command line; main() is at the end.
 
 
-# Flower and gRPC read these when imported, which is why client.py and server.py import cifar first.
+# Flower and gRPC read these when imported: client.py and server.py import cifar first.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_LOG_LEVEL", "WARNING")
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+# Hide Flower's deprecation box, and what the scripts report in their own words.
+HIDDEN = ("DEPRECATED FEATURE", "Client raised", "No fit_metrics_aggregation_fn")
+logging.getLogger("flwr").addFilter(lambda record: not str(record.msg).startswith(HIDDEN))
+
+
+Record = dict[str, Any]  # the results of a round, as in the history
 
 
 class UserError(Exception):
-    """An expected error: one line that says what is wrong and what to do. See run_main()."""
+    """An expected error: one line that says what is wrong and what to do."""
 
 
 def read_images(root: Path, download: bool) -> tuple[Images, Images]:
     """Return the training and the test set.
 
-    The only dataset-specific code besides Net and the constants at the top. Raises RuntimeError,
-    as torchvision does, if the dataset is missing and may not be downloaded.
+    The only dataset-specific code besides Net and the constants at the top. Raises
+    RuntimeError, as torchvision does, if the dataset is missing and not downloaded.
     """
     from torchvision.datasets import CIFAR10  # lazy import: saves the server a second
 
-    def read(dataset: CIFAR10) -> Images:
-        images = np.ascontiguousarray(dataset.data)
-        return Images(DATASET, images, dataset.targets, dataset.classes)
+    def read(train: bool) -> Images:
+        dataset = CIFAR10(root, train=train, download=download)
+        return Images(DATASET, dataset.data, dataset.targets, dataset.classes)
 
-    trainset = read(CIFAR10(root, train=True, download=download))
-    return trainset, read(CIFAR10(root, train=False, download=download))
+    return read(train=True), read(train=False)
 
 
 def find_images(data_root: str | Path) -> tuple[Images, Images]:
-    """Return read_images(), downloading the dataset if it is missing; raises UserError."""
+    """Read the images, downloading them if they are missing; raises UserError."""
     root = Path(data_root).expanduser()
     if root.is_file():
         raise UserError(f"--data-root {root} is a file, not a directory.")
@@ -216,43 +223,46 @@ def find_images(data_root: str | Path) -> tuple[Images, Images]:
     except OSError as error:
         raise UserError(f"Cannot read {DATASET}: {error}. Check --data-root.") from error
     except RuntimeError as error:
-        if "download=True" not in str(error):  # torchvision's words for a missing dataset
+        if "download=True" not in str(error):  # how torchvision says that it is missing
             raise
-    print(f"{DATASET} is not in {root}: downloading (or waiting for another process to do so)")
-    progress = sys.stderr if sys.stderr.isatty() else io.StringIO()  # a bar is not for a file
+    waiting = "or waiting for another process that is downloading it"
+    print(f"{DATASET} is not in {root}: downloading ({waiting})")
+    progress = sys.stderr if sys.stderr.isatty() else io.StringIO()  # no bar in a file
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # torchvision sets none: a stalled download would never end
+    socket.setdefaulttimeout(30)  # torchvision sets none: a stalled download never ends
     try:
         with FileLock(root / ".lock"), redirect_stderr(progress):
             return read_images(root, download=True)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split())
+        problem = f"Cannot download {DATASET} from {DATA_URL} to {root} ({reason})."
         todo = f"Put {Path(DATA_URL).name} there, or use --synthetic."
-        message = f"Cannot download {DATASET} from {DATA_URL} to {root} ({reason}). {todo}"
-        raise UserError(message) from error
+        raise UserError(f"{problem} {todo}") from error
     finally:
         socket.setdefaulttimeout(timeout)
 
 
 def synthesize(num_images: int, seed: int) -> Images:
-    """Generate images of ten classes: each is a coarse pattern, shifted and under noise."""
+    """Generate images of ten classes; a class is a coarse pattern, shifted, with noise."""
     height, width, channels = IMAGE_SHAPE
     # RandomState, here and below: NumPy guarantees that its numbers never change.
     patterns = np.random.RandomState(0).randint(2, size=(10, channels, 4, 4), dtype=np.uint8)
-    patterns = 14 + 100 * patterns.repeat(-(-height // 4), axis=2).repeat(-(-width // 4), axis=3)
+    patterns = patterns.repeat(ceil(height / 4), axis=2).repeat(ceil(width / 4), axis=3)
     random = np.random.RandomState(seed)
-    images = random.randint(128, size=(num_images, channels, height, width), dtype=np.uint8)
+    shape = (num_images, channels, height, width)
+    images = random.randint(128, size=shape, dtype=np.uint8)
     labels = np.arange(num_images) % 10
     shifts = random.randint(-4, 5, size=(num_images, 2))
     for image, label, shift in zip(images, labels, shifts, strict=True):
-        image += np.roll(patterns[label], shift, axis=(1, 2))[:, :height, :width]
+        pattern = np.roll(patterns[label], shift, axis=(1, 2))[:, :height, :width]
+        image += 14 + 100 * pattern  # at most 114, and the noise at most 127: no overflow
     return Images("generated images", images.transpose(0, 2, 3, 1), labels)
 
 
 def partition(
     labels: np.ndarray, num_partitions: int, alpha: float | None = None
 ) -> list[np.ndarray]:
-    """Split the indices of these labels into disjoint partitions, the same on every machine.
+    """Split the indices of labels into disjoint partitions, the same on every machine.
 
     IID, or with `alpha` non-IID: for each class, the partitions' shares are drawn from
     Dirichlet(alpha) (Li, Diao, Chen, He 2022, https://arxiv.org/abs/2102.02079).
@@ -263,28 +273,30 @@ def partition(
     order = random.permutation(len(labels))
     if alpha is None:
         return [np.sort(order[i::num_partitions]) for i in range(num_partitions)]
-    partitions: list[list[int]] = [[] for _ in range(num_partitions)]
-    for label in range(labels.max() + 1):
+    owners = np.zeros(len(labels), dtype=int)  # the partition of each image
+    for label in np.unique(labels):
         indices = order[labels[order] == label]
         shares = random.dirichlet([alpha] * num_partitions)
         ends = (shares.cumsum()[:-1] * len(indices)).astype(int)
-        for part, piece in zip(partitions, np.split(indices, ends), strict=True):
-            part.extend(piece)
-    for part in partitions:
-        if not part:  # a client cannot train without images
-            part.append(max(partitions, key=len).pop())
-    return [np.sort(part) for part in partitions]
+        for i, share in enumerate(np.split(indices, ends)):
+            owners[share] = i
+    for i in range(num_partitions):
+        if i not in owners:  # a client cannot train without images: take one
+            richest = np.bincount(owners).argmax()
+            owners[np.argmax(owners == richest)] = i
+    return [np.flatnonzero(owners == i) for i in range(num_partitions)]
 
 
 def make_loader(dataset: Images, sampler: Any, batch_size: int) -> DataLoader:
     """Return a DataLoader that fetches each batch from the dataset in one piece."""
     batches = BatchSampler(sampler, batch_size, drop_last=False)
-    # batch_size=None: what the sampler yields, a list of indices, is handed to the dataset as is.
-    return DataLoader(dataset, sampler=batches, batch_size=None, pin_memory=DEVICE.type == "cuda")
+    pin_memory = DEVICE.type == "cuda"
+    # batch_size=None: the dataset gets the sampler's lists of indices as they are.
+    return DataLoader(dataset, sampler=batches, batch_size=None, pin_memory=pin_memory)
 
 
 def check_network(net: nn.Module, dataset: Any) -> None:
-    """Raise UserError if the network does not fit the images or their number of classes."""
+    """Raise UserError if the model does not fit the images or their classes."""
     images, _ = dataset[[0]]
     net.eval()
     try:
@@ -299,20 +311,26 @@ def check_network(net: nn.Module, dataset: Any) -> None:
 
 
 def shared_state(net: nn.Module) -> dict[str, Tensor]:
-    """Return what clients and server exchange of a network: all of its state_dict."""
-    return net.state_dict()
+    """Return what clients and server exchange of a model, by name."""
+    state = net.state_dict()
+    # No integers, such as BatchNorm's count of batches: their average means nothing.
+    return {name: value for name, value in state.items() if value.is_floating_point()}
+
+
+def shared_arrays(net: nn.Module) -> dict[str, np.ndarray]:
+    """Return the shared state as NumPy arrays; on a CPU they share its memory."""
+    return {name: value.cpu().numpy() for name, value in shared_state(net).items()}
 
 
 def get_parameters(net: nn.Module) -> list[np.ndarray]:
-    """Return the shared parameters as NumPy arrays, in the order of the state_dict."""
-    return [value.cpu().numpy().copy() for value in shared_state(net).values()]
+    """Return copies of the shared parameters, in the order of the state_dict."""
+    return [array.copy() for array in shared_arrays(net).values()]
 
 
 def set_parameters(net: nn.Module, arrays: Sequence[np.ndarray]) -> None:
-    """Set the shared parameters from NumPy arrays; raises UserError if they do not fit."""
-    state = shared_state(net)
-    check_parameters(dict(zip(state, get_parameters(net), strict=True)), arrays)
-    for value, array in zip(state.values(), arrays, strict=True):
+    """Set the shared parameters; raises UserError if the arrays do not fit."""
+    check_parameters(shared_arrays(net), arrays)
+    for value, array in zip(shared_state(net).values(), arrays, strict=True):
         value.copy_(torch.from_numpy(array))
 
 
@@ -321,35 +339,38 @@ def check_parameters(
     arrays: Sequence[np.ndarray],
     limit: float = np.inf,
 ) -> None:
-    """Raise UserError, which names the first that differs, unless the arrays fit `expected`.
-
-    They must be finite, and no weight may be larger than `limit`.
-    """
-    for (name, like), array in zip(expected.items(), arrays):
-        own, got = (f"{each.dtype}{each.shape}" for each in (like, array))
-        if got != own:
-            raise UserError(f"{name}: expected {own}, got {got} (different models?)")
-        if not np.isfinite(array).all():
+    """Raise UserError unless the arrays fit `expected`, are finite and within `limit`."""
+    for (name, own), array in zip(expected.items(), arrays):
+        wanted = f"{own.dtype}{own.shape}"
+        got = f"{array.dtype}{array.shape}"
+        if got != wanted:
+            raise UserError(f"{name}: expected {wanted}, got {got} (different models?)")
+        weight = largest(array)
+        if not np.isfinite(weight):
             raise UserError(f"NaN or infinity in {name}")
-        if largest(array) > limit:
-            raise UserError(f"{name}: {largest(array):g} is implausible (limit {limit:g})")
-    if len(arrays) < len(expected):
-        missing = list(expected)[len(arrays)]
-        raise UserError(f"{missing} is missing: got {len(arrays)} of {len(expected)} parameters")
+        if weight > limit:
+            raise UserError(f"{name}: {weight:g} is implausible (limit {limit:g})")
+    missing = list(expected)[len(arrays) :]
+    if missing:
+        count = f"{len(arrays)} of {len(expected)}"
+        raise UserError(f"{missing[0]} is missing: got {count} parameters")
     if len(arrays) > len(expected):
         raise UserError(f"expected {len(expected)} parameters, got {len(arrays)}")
 
 
 def largest(array: np.ndarray) -> float:
-    """Return the largest magnitude of the weights; 0 for integers, which are counts."""
-    return float(np.abs(array).max(initial=0)) if array.dtype.kind == "f" else 0.0
+    """Return the largest magnitude in an array; NaN if there is a NaN in it."""
+    return max(array.max(initial=0), -array.min(initial=0))
 
 
 def load_model(path: Path) -> Net:
-    """Return the network with the weights in a file; raises UserError."""
+    """Load a saved model; raises UserError."""
     net = Net()
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        check_parameters(shared_arrays(net), get_parameters(net))  # none is NaN
+    except UserError as error:
+        raise UserError(f"{path} is not usable: {error}") from error
     except OSError as error:
         raise UserError(f"Cannot read the model {path}: {error.strerror}.") from error
     except (
@@ -361,25 +382,21 @@ def load_model(path: Path) -> Net:
         UnpicklingError,
         struct.error,
     ) as error:
-        reason = str(error).partition("for Net:\n\t")[2].partition("\n")[0] or "not a model file"
+        first_line = str(error).partition("for Net:\n\t")[2].partition("\n")[0]
+        reason = first_line or "not a model file"
         raise UserError(f"{path} is not a state_dict of cifar.Net: {reason}") from error
-    arrays = get_parameters(net)
-    try:
-        check_parameters(dict(zip(shared_state(net), arrays, strict=True)), arrays)
-    except UserError as error:
-        raise UserError(f"{path} is not usable: {error}") from error
     return net
 
 
 def to_bytes(net: nn.Module) -> bytes:
-    """Return the network's state_dict as torch.save() writes it."""
+    """Return the model's state_dict, on the CPU, as torch.save() writes it."""
     buffer = io.BytesIO()
-    torch.save(net.cpu().state_dict(), buffer)
+    torch.save({name: value.cpu() for name, value in net.state_dict().items()}, buffer)
     return buffer.getvalue()
 
 
 def write_files(contents: Mapping[Path, bytes]) -> None:
-    """Replace all of these files, or none of them if one cannot be written; raises UserError."""
+    """Replace all of these files, or none if one cannot be written; raises UserError."""
     temporary = {path: path.with_name(f"{path.name}.tmp") for path in contents}
     try:
         for path, content in contents.items():
@@ -390,74 +407,67 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
         for path in contents:
             temporary[path].replace(path)
     except OSError as error:
-        for file_left in temporary.values():
+        for leftover in temporary.values():
             with suppress(OSError):
-                file_left.unlink()
+                leftover.unlink()
         hint = " (see ulimit -n)" if error.errno == errno.EMFILE else ""
         reason = f"{error.strerror}{hint}. The previous file is unchanged."
         raise UserError(f"Cannot write {path}: {reason}") from error
 
 
-def read_history(path: Path) -> list[dict[str, Any]] | None:
-    """Return the history that server.py wrote beside a model, one record per round, if any."""
+def read_history(path: Path) -> list[Record] | None:
+    """Return the history that server.py wrote beside a model, if there is a valid one."""
     try:
         history = json.loads(path.with_suffix(".json").read_bytes())
-        rounds = [record["round"] for record in history]
-        return history if isinstance(history, list) and all(rounds) else None
+        valid = isinstance(history, list) and all(record["round"] for record in history)
+        return history if valid else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
-def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+def add_argument(
+    parser: ArgumentParser, name: str, kind: Any, default: Any, text: str, **more: Any
+) -> None:
+    """Add a flag whose help ends with the default, if there is one."""
+    text += "" if default is None else " (default: %(default)s)"
+    parser.add_argument(name, type=kind, default=default, help=text, **more)
+
+
+def add_shared_arguments(parser: ArgumentParser) -> None:
     """Add the flags that cifar.py and client.py have in common."""
+    add = functools.partial(add_argument, parser)
+    add("--batch-size", number(int, 1), 32, "training batch size")
+    add("--data-root", str, DATA_ROOT, "dataset directory, downloaded if missing")
+    text = "use generated images (no download)"
+    parser.add_argument("--synthetic", action="store_true", help=text)
+    add("--seed", number(int, 0), None, "random seed, for repeatable runs")
     threads = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else 1
-    parser.add_argument(
-        "--batch-size",
-        type=number(int, 1),
-        default=32,
-        help="training batch size (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--data-root",
-        default=DATA_ROOT,
-        help="dataset directory, downloaded if missing (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--synthetic", action="store_true", help="use generated images (no download)"
-    )
-    parser.add_argument("--seed", type=number(int, 0), help="random seed, for repeatable runs")
-    parser.add_argument(
-        "--threads",
-        type=number(int, 1, 1024),
-        default=threads,
-        help="PyTorch CPU threads (default: %(default)s)",
-    )
+    add("--threads", number(int, 1, 1024), threads, "PyTorch CPU threads")
 
 
 def parse_config(
-    parser: argparse.ArgumentParser,
-    config: Mapping[str, Any],
-    other_parser: argparse.ArgumentParser,
-) -> argparse.Namespace:
-    """Parse a config of Flower's deployment engine as flags, ignoring those of the other script."""
-    known = [*vars(parser.parse_args([])), *vars(other_parser.parse_args([]))]
-    flags = []
+    parser: ArgumentParser, config: Mapping[str, Any], other: ArgumentParser
+) -> Namespace:
+    """Parse a config of Flower's engine as flags, ignoring the other script's flags."""
+    flags = [*vars(parser.parse_args([])), *vars(other.parse_args([]))]
+    known = [flag.replace("_", "-") for flag in flags]
+    arguments = []
     for key, value in config.items():
-        if key.replace("-", "_") not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0].replace("_", "-")
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
             parser.error(f"unknown key {key!r} in the config (did you mean {nearest!r}?)")
         if value is not False:
-            flags.append(f"--{key}" if value is True else f"--{key}={value}")
+            arguments.append(f"--{key}" if value is True else f"--{key}={value}")
     parser.allow_abbrev = False
-    return parser.parse_known_args(flags)[0]
+    return parser.parse_known_args(arguments)[0]
 
 
 def number(kind: type, low: float, high: float = 2**31 - 1) -> Callable[[str], Any]:
-    """Return an argparse type for an int or a float from `low` to `high`, both included."""
+    """Return an argparse type for an int or a float from `low` to `high`, inclusive."""
 
-    def number(text: str) -> Any:
+    def number(text: str) -> Any:  # argparse shows this name: "invalid number value"
         if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+            raise ArgumentTypeError(f"{text} is not between {low} and {high}")
         return kind(text)
 
     return number
@@ -467,23 +477,21 @@ def address(text: str) -> str:
     """Check HOST:PORT, as an argparse type."""
     host, _, port = text.rpartition(":")
     if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, as in 127.0.0.1:8080")
+        raise ArgumentTypeError(f"{text!r} is not HOST:PORT, as in {SERVER_ADDRESS}")
     return text
 
 
 def model_path(text: str) -> Path:
-    """Check, as an argparse type, that a model can be saved there; follow a symbolic link."""
+    """Check, as an argparse type, that a model can be saved there; follow a link."""
     path = Path(text).resolve() if Path(text).is_symlink() else Path(text)
     if path.suffix != ".pt" or path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(
-            f"{text} must end in .pt and be in an existing, writable directory"
-        )
+        problem = "must end in .pt and be in an existing, writable directory"
+        raise ArgumentTypeError(f"{text} {problem}")
     return path
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's main(): an expected error is one line on standard error and exit code 1."""
-    logging.getLogger("flwr").addFilter(is_news)
+    """Run a script's main(): an expected error is one line on stderr and exit code 1."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
@@ -495,54 +503,24 @@ def run_main(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
-        # Nobody reads the output (`server.py | head`), or its disk is full. Python flushes it
-        # again at exit: see "Note on SIGPIPE" in the documentation of its signal module.
+        # Nobody reads the output (`server.py | head`), or its disk is full. Python flushes
+        # it again at exit: see "Note on SIGPIPE" in its documentation of signal.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(f"Cannot print: {error.strerror}.")
 
 
-def is_news(record: logging.LogRecord) -> bool:
-    """Filter Flower's log: hide what the scripts say themselves, and that they are deprecated."""
-    hidden = (
-        "DEPRECATED FEATURE",
-        "Client raised an exception",
-        "No fit_metrics_aggregation_fn",
-    )
-    return not str(record.msg).startswith(hidden)
-
-
 def main() -> None:
     """Train on all of the data in one place, or evaluate a saved model."""
-    parser = argparse.ArgumentParser(description=f"Centralized PyTorch training on {DATASET}.")
-    parser.add_argument(
-        "--epochs",
-        type=number(int, 1),
-        default=2,
-        help="training epochs (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--lr",
-        type=number(float, 1e-9),
-        default=LEARNING_RATE,
-        help="learning rate (default: %(default)s)",
-    )
+    parser = ArgumentParser(description=f"Centralized PyTorch training on {DATASET}.")
+    add = functools.partial(add_argument, parser)
+    add("--epochs", number(int, 1), 2, "training epochs")
+    add("--lr", number(float, 1e-9), LEARNING_RATE, "learning rate")
     add_shared_arguments(parser)
-    parser.add_argument(
-        "--model",
-        metavar="FILE",
-        type=model_path,
-        help="save the trained weights to FILE",
-    )
-    parser.add_argument(
-        "--evaluate",
-        metavar="MODEL",
-        type=Path,
-        help="evaluate this model instead of training",
-    )
+    add("--model", model_path, None, "save the trained weights to FILE", metavar="FILE")
+    add("--evaluate", Path, None, "evaluate this MODEL instead of training", metavar="MODEL")
     args = parser.parse_args()
     if args.model and read_history(args.model) is not None:
-        todo = "pass a different --model"
-        raise UserError(f"{args.model} is a federation's model, with its history: {todo}.")
+        raise UserError(f"{args.model} is the model of a federated run: pass a different --model.")
     torch.set_num_threads(args.threads)
     if args.seed is not None:
         torch.manual_seed(args.seed)
@@ -550,22 +528,16 @@ def main() -> None:
     print(f"Model {args.evaluate}" if args.evaluate else "Centralized PyTorch training")
     print("Load data")
     trainloader, testloader, _ = load_data(args.batch_size, args.data_root, args.synthetic)
-    check_network(net, testloader.dataset)
+    dataset: Any = testloader.dataset
+    check_network(net, dataset)
     if args.evaluate:
-        dataset: Any = testloader.dataset
-        name = dataset.name
-        for record in (read_history(args.evaluate) or [])[-1:]:
-            if name not in str(record.get("data", name)):
-                print(f"Warning: this model was trained on {record['data']!r}, not on {name}")
+        history = read_history(args.evaluate) or [{}]
+        data = str(history[-1].get("data", dataset.name))
+        if dataset.name not in data:
+            print(f"Warning: this model was trained on {data!r}, not on {dataset.name}")
     else:
         print("Start training")
-        train(
-            net=net,
-            trainloader=trainloader,
-            epochs=args.epochs,
-            device=DEVICE,
-            lr=args.lr,
-        )
+        train(net=net, trainloader=trainloader, epochs=args.epochs, device=DEVICE, lr=args.lr)
     print("Evaluate model")
     loss, accuracy = test(net=net, testloader=testloader, device=DEVICE)
     print("Loss: ", loss)

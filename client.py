@@ -1,13 +1,14 @@
 """A Flower client: trains on its own images and sends weights and metrics, never images.
 
-python3 client.py --partition-id 0 --num-partitions 2    # with its own half of the images
+python3 client.py --partition-id 0 --num-partitions 2    # the first of two partitions
 """
 
-import argparse
+import functools
 import inspect
 import os
 import platform
 import time
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class CifarClient(fl.client.NumPyClient):
         self.properties = properties or {}
 
     def get_properties(self, config: Metrics) -> Metrics:
-        """Return the client's name and data, which the server asks for when the client joins."""
+        """Return the client's name and data; the server asks for them when it joins."""
         return self.properties
 
     def get_parameters(self, config: Metrics) -> NDArrays:
@@ -53,34 +54,28 @@ class CifarClient(fl.client.NumPyClient):
         cifar.set_parameters(self.model, parameters)
 
     def fit(self, parameters: NDArrays, config: Metrics) -> tuple[NDArrays, int, Metrics]:
-        """Train the given parameters as the server's config says; return the trained ones."""
+        """Train the given parameters with the server's settings; return the new ones."""
         self.set_parameters(parameters)
         epochs = int(config.get("local_epochs", 1))
         lr = float(config.get("lr", cifar.LEARNING_RATE))
         cifar.train(self.model, self.trainloader, epochs=epochs, device=cifar.DEVICE, lr=lr)
-        return (
-            self.get_parameters(config={}),
-            self.num_examples["trainset"],
-            self.properties,
-        )
+        parameters = self.get_parameters(config={})
+        return parameters, self.num_examples["trainset"], self.properties
 
     def evaluate(self, parameters: NDArrays, config: Metrics) -> tuple[float, int, Metrics]:
         """Evaluate the given parameters on the local test images."""
         self.set_parameters(parameters)
         loss, accuracy = cifar.test(self.model, self.testloader, device=cifar.DEVICE)
         print(f"Evaluated the new global model: loss {loss:.4f}, accuracy {accuracy:.4f}")
-        return (
-            loss,
-            self.num_examples["testset"],
-            {**self.properties, "accuracy": accuracy},
-        )
+        metrics = {**self.properties, "accuracy": accuracy}
+        return loss, self.num_examples["testset"], metrics
 
 
-# Utilities: skip on first reading. Connection, command line, Flower's engine; main() is at the end.
+# Utilities: skip on first reading. Connection, flags, Flower's engine; main() is last.
 
 
-def make_client(args: argparse.Namespace, name: str) -> fl.client.Client:
-    """Load model and data; raises UserError."""
+def make_client(args: Namespace, name: str) -> fl.client.Client:
+    """Load data and model, and return the client; raises UserError."""
     torch.set_num_threads(args.threads)
     if args.seed is not None:
         torch.manual_seed(args.seed)
@@ -104,15 +99,16 @@ def make_client(args: argparse.Namespace, name: str) -> fl.client.Client:
         partition = f"partition {args.partition_id}"
     properties: Metrics = {"client": name, "data": data, "partition": partition}
     properties["classes"] = ", ".join(dataset.classes)
-    return CifarClient(model, trainloader, testloader, num_examples, properties).to_client()
+    client = CifarClient(model, trainloader, testloader, num_examples, properties)
+    return client.to_client()
 
 
 HINTS = {  # what gRPC says, and what it means
     "Connection refused": "Connection refused (is it running?)",
     "Socket closed": "it closed the connection; if it uses TLS, add --root-certificates",
     "WRONG_VERSION_NUMBER": "it does not use TLS; remove --root-certificates",
-    "CERTIFICATE_VERIFY_FAILED": "its certificate is not signed by the CA in --root-certificates, "
-    "has expired, or this machine's clock is wrong",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not signed by the CA in "
+    "--root-certificates, has expired, or this machine's clock is wrong",
     "Custom verification check failed": "its certificate does not name this host",
     "Failed to create security handshaker": "--root-certificates is not a certificate",
     "errors resolving": "cannot resolve host name",
@@ -121,21 +117,21 @@ HINTS = {  # what gRPC says, and what it means
 
 
 def wait_for_server(address: str, seconds: float, root_certificates: bytes | None) -> None:
-    """Return as soon as a server answers; raises UserError, with the reason, if none does."""
+    """Return as soon as a server answers; raises UserError, with a reason, if none does."""
     deadline = time.monotonic() + seconds
     last_reason = ""
     while True:
         try:
             with create_channel(address, not root_certificates, root_certificates) as channel:
-                # UNIMPLEMENTED, for a method that does not exist, proves that a server is up.
+                # There is no such method: UNIMPLEMENTED proves that a server is up.
                 probe = channel.unary_unary("/flwr.proto.FlowerService/Probe")
                 probe(b"", timeout=min(5, max(0.1, deadline - time.monotonic())))
                 return
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                 return
-            details = error.details().rpartition("last error: ")[2]
-        reason = next((HINTS[key] for key in HINTS if key in details), details)
+            details = error.details().rpartition("last error: ")[2]  # of several addresses
+        reason = next((hint for key, hint in HINTS.items() if key in details), details)
         if time.monotonic() > deadline:
             raise cifar.UserError(f"No server at {address} for {seconds:g} s: {reason}.")
         if reason != last_reason:
@@ -147,25 +143,20 @@ def wait_for_server(address: str, seconds: float, root_certificates: bytes | Non
 def keep_alive() -> None:
     """Have Flower's channels detect a dead link.
 
-    Flower takes no channel options and gRPC reads none from the environment, so this wraps the
-    functions that open channels. gRPC servers allow a ping every 5 minutes.
+    Flower takes no channel options and gRPC reads none from the environment, so this
+    wraps the functions that open channels. gRPC servers allow a ping every 5 minutes.
     """
     keepalive = [
         ("grpc.keepalive_time_ms", 310_000),
-        ("grpc.keepalive_timeout_ms", 30_000),
         ("grpc.http2.max_pings_without_data", 0),  # 0: no limit
     ]
 
-    def with_keepalive(
-        open_channel: Callable[..., grpc.Channel],
-    ) -> Callable[..., grpc.Channel]:
+    def with_keepalive(open_channel: Callable) -> Callable:
         def opened(*args: Any, **kwargs: Any) -> grpc.Channel:
-            bound = inspect.signature(open_channel).bind(*args, **kwargs)
-            bound.arguments["options"] = [
-                *(bound.arguments.get("options") or ()),
-                *keepalive,
-            ]
-            return open_channel(*bound.args, **bound.kwargs)
+            call = inspect.signature(open_channel).bind(*args, **kwargs)
+            options = call.arguments.get("options") or ()
+            call.arguments["options"] = [*options, *keepalive]
+            return open_channel(*call.args, **call.kwargs)
 
         return opened
 
@@ -178,53 +169,30 @@ def certificate(text: str) -> bytes:
     try:
         return Path(text).read_bytes()
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from error
+        raise ArgumentTypeError(f"{text}: {error.strerror}") from error
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> ArgumentParser:
     """Return the flags of client.py."""
-    parser = argparse.ArgumentParser(description=f"A client of a federation on {cifar.DATASET}.")
-    add = parser.add_argument
-    add(
-        "--server-address",
-        type=cifar.address,
-        default="127.0.0.1:8080",
-        help="server address (default: %(default)s)",
-    )
-    add(
-        "--wait",
-        metavar="SECONDS",
-        type=cifar.number(float, 0),
-        default=60,
-        help="how long to wait for the server (default: %(default)s)",
-    )
+    parser = ArgumentParser(description=f"A client of a federation on {cifar.DATASET}.")
+    add = functools.partial(cifar.add_argument, parser)
+    add("--server-address", cifar.address, cifar.SERVER_ADDRESS, "server address")
+    add("--wait", cifar.number(float, 0), 60, "how many seconds to wait for the server")
     cifar.add_shared_arguments(parser)
-    add(
-        "--partition-id",
-        type=cifar.number(int, 0),
-        default=0,
-        help="this client's partition, counted from 0 (default: %(default)s)",
-    )
-    add(
-        "--num-partitions",
-        type=cifar.number(int, 1),
-        default=1,
-        help="number of partitions (default: %(default)s)",
-    )
-    add(
-        "--alpha",
-        type=cifar.number(float, 0.01, 1e6),
-        help="Dirichlet concentration: smaller is more non-IID (omit for IID)",
-    )
-    add("--root-certificates", type=certificate, help="CA certificate (PEM); enables TLS")
+    text = "this client's partition, counted from 0"
+    add("--partition-id", cifar.number(int, 0), 0, text)
+    add("--num-partitions", cifar.number(int, 1), 1, "number of partitions")
+    text = "Dirichlet concentration: smaller is more non-IID (omit for IID)"
+    add("--alpha", cifar.number(float, 0.01, 1e6), None, text)
+    add("--root-certificates", certificate, None, "CA certificate (PEM); enables TLS")
     return parser
 
 
-clients: dict[str, fl.client.Client] = {}  # the engine asks for one with every message
+clients: dict[str, fl.client.Client] = {}  # client_fn() is called for every message
 
 
 def client_fn(context: fl.common.Context) -> fl.client.Client:
-    """Build the same client for Flower's deployment engine, from the run and the node config."""
+    """Build the client for Flower's engine, from the run config and the node config."""
     import server  # lazy import: only the engine mixes the flags of both scripts
 
     config = {**context.run_config, **context.node_config}
@@ -263,9 +231,8 @@ def main() -> None:
                 message = f"The service at {address} is not a Flower server (wrong port?)."
                 raise cifar.UserError(message) from error
             reason = error.details()
-            print(
-                f"Connection to the server lost ({reason}), reconnecting for up to {args.wait:g} s"
-            )
+            lost = f"Connection to the server lost ({reason})"
+            print(f"{lost}, reconnecting for up to {args.wait:g} s")
             time.sleep(1)  # back off: the server may be rejecting connections
     print("Run ended by the server")
 
