@@ -1,7 +1,8 @@
 """Measure this project against the plain pipeline: how fast, how large, how many clients.
 
-    python3 tests/benchmark.py                     # everything, 15 to 30 minutes
+    python3 tests/benchmark.py                     # everything but the curves, 15 to 30 minutes
     python3 tests/benchmark.py batch train test    # only these rows
+    python3 tests/benchmark.py curves              # the README's accuracies and picture, hours
 
 The plain pipeline decodes and normalizes one image at a time, as torchvision's own examples do,
 and leaves the number of threads to PyTorch. What is compared takes turns; figures are medians.
@@ -14,7 +15,6 @@ import functools
 import json
 import os
 import re
-import socket
 import statistics
 import subprocess
 import sys
@@ -24,16 +24,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+import helpers
 import numpy as np
 import torch
-import torch.nn.functional as F
+from helpers import ROOT, PlainNet, Script, free_address
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms  # type: ignore[import-untyped]
 
 import cifar
 
@@ -44,26 +41,13 @@ Times = dict[str, list[float]]
 # The two pipelines.
 
 
-class PlainNet(cifar.Net):
-    """The network as most write it, ReLU before pooling: the same numbers."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.pool(F.relu(self.conv1(x)))
-        x = self.pool(F.relu(self.conv2(x)))
-        x = x.view(-1, 16 * 5 * 5)
-        x = F.relu(self.fc1(x))
-        x = F.relu(self.fc2(x))
-        return self.fc3(x)
-
-
 class PlainImages(Dataset):
     """Images that are decoded and normalized one by one."""
 
     def __init__(self, images: cifar.Images) -> None:
         self.images = np.ascontiguousarray(images.images.numpy())
         self.labels = images.labels.tolist()
-        normalize = transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-        self.transform = transforms.Compose([transforms.ToTensor(), normalize])
+        self.transform = helpers.plain_transform()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -98,37 +82,16 @@ def our_loaders() -> tuple[DataLoader, DataLoader]:
 
 def plain_loaders() -> tuple[DataLoader, DataLoader]:
     """Return the plain pipeline's loaders."""
-    trainset: Dataset
-    testset: Dataset
     if there():
-        from torchvision.datasets import CIFAR10  # type: ignore[import-untyped]
-
-        normalize = transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-        transform = transforms.Compose([transforms.ToTensor(), normalize])
-        root = Path(cifar.DATA_ROOT).expanduser()
-        trainset, testset = (
-            CIFAR10(root, train=train, download=True, transform=transform)
-            for train in (True, False)
-        )
-    else:
-        trainset, testset = map(PlainImages, generate(None))
+        return helpers.plain_loaders(Path(cifar.DATA_ROOT).expanduser())
+    trainset, testset = map(PlainImages, generate(None))
     return DataLoader(trainset, 32, shuffle=True), DataLoader(testset, 32)
 
 
 def plain_train(net: nn.Module, trainloader: DataLoader) -> None:
     """Run one epoch of plain optimizer steps."""
     print(f"Training 1 epoch(s) w/ {len(trainloader)} batches each", flush=True)
-    criterion = nn.CrossEntropyLoss()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.001, momentum=0.9)
-    running_loss = 0.0
-    for data in trainloader:
-        images, labels = data[0].to(DEVICE), data[1].to(DEVICE)
-        optimizer.zero_grad()
-        loss = criterion(net(images), labels)
-        loss.backward()
-        optimizer.step()
-        running_loss += loss.item()
-    assert np.isfinite(running_loss)
+    assert np.isfinite(helpers.plain_train(net, trainloader, device=DEVICE)).all()
 
 
 # What runs in a process of its own: python3 tests/benchmark.py NAME ARGUMENTS.
@@ -224,13 +187,42 @@ def light_clients(address: str, count: str) -> None:
         thread.join()
 
 
+class LargeNet(nn.Module):
+    """A network of 50 million weights, or 200 MB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(7071, 7071)
+
+
+def our_large_server(address: str, model: str) -> None:
+    """Run server.py with the large network."""
+    import server
+
+    cifar.Net = LargeNet  # type: ignore[assignment, misc]
+    sys.argv = ["server.py", "--server-address", address, "--rounds", "2", "--model", model]
+    cifar.run_main(server.main)
+
+
+def plain_large_server(address: str) -> None:
+    """Run Flower's own server and FedAvg with the large network."""
+    import flwr
+
+    parameters = flwr.common.ndarrays_to_parameters(cifar.get_parameters(LargeNet()))
+    flwr.server.start_server(
+        server_address=address,
+        config=flwr.server.ServerConfig(num_rounds=2),
+        strategy=flwr.server.strategy.FedAvg(initial_parameters=parameters),
+    )
+
+
 def peak_memory(process: int) -> float:
     """Return the largest memory a process has had so far, in MiB (Linux only).
 
     Not getrusage(), which starts a process off with the memory of the one that started it.
     """
     with contextlib.suppress(OSError):
-        status = Path(f"/proc/{process}/status").read_text()
+        status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
         if found := re.search(r"VmHWM:\s+(\d+) kB", status):
             return int(found[1]) / 1024
     return 0
@@ -239,42 +231,29 @@ def peak_memory(process: int) -> float:
 # Starting and timing.
 
 
-class Process:
-    """A process whose lines are kept with the time at which they came."""
+class Process(Script):
+    """A process that notes when it prints a line, and its memory then."""
 
     def __init__(self, *command: object, **env: str) -> None:
-        self.lines: list[tuple[float, str]] = []
-        settings = {**os.environ, "FLWR_TELEMETRY_ENABLED": "0", "FLWR_LOG_LEVEL": "ERROR", **env}
-        self.process = subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=settings,
-        )
-        self.ended, self.memory = 0.0, 0.0
-        self.thread = threading.Thread(target=self._follow)
-        self.thread.start()
+        self.times: list[tuple[float, str]] = []
+        self.memory = 0.0
+        quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_LOG_LEVEL": "ERROR"}
+        super().__init__(command, None, **{**quiet, **env})
 
-    def _follow(self) -> None:
-        assert self.process.stdout
-        for line in self.process.stdout:
-            self.lines.append((time.time(), line))
-            self.memory = max(self.memory, peak_memory(self.process.pid))
-        self.process.wait()
-        self.ended = time.time()
+    def heard(self, line: str) -> None:
+        """Note the time, and the memory."""
+        self.times.append((time.time(), line))
+        self.memory = max(self.memory, peak_memory(self.process.pid))
 
     def wait(self) -> str:
         """Wait for its end; return what it printed."""
-        self.thread.join()
-        output = "".join(line for _, line in self.lines)
-        if self.process.returncode:
-            sys.exit(f"{self.process.args!r} ended with {self.process.returncode}:\n{output}")
-        return output
+        if code := self.end(timeout=86_400):
+            sys.exit(f"{self.process.args!r} ended with {code}:\n{self.output}")
+        return self.output
 
     def when(self, text: str) -> float:
         """Return when it first printed a line with `text`."""
-        return next(moment for moment, line in self.lines if text in line)
+        return next(moment for moment, line in self.times if text in line)
 
 
 def own(name: str, *arguments: object, **env: str) -> Process:
@@ -303,13 +282,6 @@ def show(
     digits = ".3f" if mine < 10 else ".1f" if mine < 100 else ".0f"
     line = f"{mine:{digits}} {unit} against {other:{digits}} {unit} of {theirs}"
     print(f"{what:<36} {line:<62} {ratio:6.2f} times", flush=True)
-
-
-def free_address() -> str:
-    """Return HOST:PORT with a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 # The rows.
@@ -417,10 +389,12 @@ def bench_federation(repetitions: int) -> None:
             with contextlib.redirect_stdout(None):
                 client.wait_for_server(address, 60, None)
         processes += [own(function, address, **env) for _ in range(2)]
-        for process in processes:
+        processes[0].wait()
+        ended = time.time()
+        for process in processes[1:]:
             process.wait()
         start = min(client.when("Training 1 epoch") for client in processes[1:])
-        times.setdefault(name, []).append(processes[0].ended - start)
+        times.setdefault(name, []).append(ended - start)
         sizes.setdefault(name, []).append(max(client.memory for client in processes[1:]))
         return processes
 
@@ -454,7 +428,7 @@ def idle(clients: list[Process]) -> list[float]:
     """Return, for each round, the seconds in which no client trains or tests, though it could."""
     phases, ends = (
         [
-            [float(text) for _, line in client.lines for text in re.findall(f"^{word} (.+)", line)]
+            [float(text) for text in re.findall(f"^{word} (.+)", client.output, re.MULTILINE)]
             for client in clients
         ]
         for word in ("phase", "end")
@@ -488,6 +462,95 @@ def bench_clients(repetitions: int) -> None:
         )
 
 
+def bench_memory(repetitions: int) -> None:
+    """Compare the peak memory of two servers: a network of 200 MB, 2 clients, 2 rounds."""
+    sizes: Times = {}  # GB
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(repetitions):
+            for name, function, arguments in (
+                ("ours", "our_large_server", [Path(folder) / "model.pt"]),
+                ("Flower's own", "plain_large_server", []),
+            ):
+                address = free_address()
+                # Its memory is read whenever it prints a line.
+                server = own(function, address, *arguments, FLWR_LOG_LEVEL="INFO")
+                own("light_clients", address, 2).wait()
+                server.wait()
+                sizes.setdefault(name, []).append(server.memory * 2**20 / 1e9)
+    show("server's memory, network of 200 MB", sizes, "ours", "Flower's own", "GB")
+
+
+ROUNDS = 50
+CURVES = {  # for the README: what it is, number of clients, flags of the clients
+    "one": ("1 client, all images (centralized)", 1, []),
+    "all2": ("2 clients, all images each", 2, []),
+    "iid2": ("2 clients, IID partitions", 2, ["--num-partitions", 2]),
+    "iid5": ("5 clients, IID partitions", 5, ["--num-partitions", 5]),
+    "iid10": ("10 clients, IID partitions", 10, ["--num-partitions", 10]),
+    "alpha10": ("10 clients, --alpha 0.1", 10, ["--num-partitions", 10, "--alpha", 0.1]),
+}
+
+
+def draw_curves(repetitions: int) -> None:
+    """Draw the README's picture and print its table: medians over the seeds.
+
+    The histories are those in the folder "histories"; what is missing there is run first.
+    """
+    folder = Path("histories")
+    folder.mkdir(exist_ok=True)
+    curves = {}
+    for name, (label, clients, flags) in CURVES.items():
+        runs = [
+            run_or_read(folder / f"{name}-{seed}.pt", seed, clients, flags)
+            for seed in range(1, repetitions + 1)
+        ]
+        curves[label] = [statistics.median(accuracies) for accuracies in zip(*runs)]
+    rounds = [1, 2, 3, 5, 10, 20, 30, 40, 50]
+    print(f"| accuracy after round | {' | '.join(map(str, rounds))} |")
+    print("|---" * (len(rounds) + 1) + "|")
+    for label, curve in curves.items():
+        print(f"| {label} | {' | '.join(f'{curve[i - 1]:.3f}' for i in rounds)} |")
+    draw(curves, "accuracy.svg", "default")
+    draw(curves, "accuracy-dark.svg", "dark_background")
+
+
+def run_or_read(model: Path, seed: int, clients: int, flags: list) -> list[float]:
+    """Return the accuracy after each round of a federation, which runs if it has not yet."""
+    history = model.with_suffix(".json")
+    if not history.exists() or len(json.loads(history.read_bytes())) < ROUNDS:
+        address = free_address()
+        server: list[object] = [ROOT / "server.py", "--server-address", address]
+        server += ["--rounds", ROUNDS, "--min-clients", clients, "--seed", seed]
+        processes = [Process(*server, "--model", model)]
+        for i in range(clients):
+            client = [ROOT / "client.py", "--server-address", address, "--seed", 100 * seed + i]
+            partition = ["--partition-id", i] if flags else []
+            processes.append(Process(*client, *flags, *partition))
+        for process in processes:
+            process.wait()
+    return [record["accuracy"] for record in json.loads(history.read_bytes())]
+
+
+def draw(curves: dict[str, list[float]], name: str, style: str) -> None:
+    """Draw accuracy over rounds as an SVG for GitHub's light or dark background."""
+    import matplotlib.pyplot as plt
+
+    # Text stays text, and the file is the same each time.
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "curves", "font.size": 12}
+    markers = ["--", "-", "-", "-", "-", "-."]
+    with plt.style.context([style, "tableau-colorblind10", settings]):
+        figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+        for (label, accuracies), marker in zip(curves.items(), markers, strict=True):
+            axes.plot(range(1, len(accuracies) + 1), accuracies, marker, label=label, linewidth=2)
+        axes.set(xlabel="round", ylabel="accuracy on 10,000 test images")
+        axes.set(xlim=(0, ROUNDS), ylim=(0, 0.7))
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right", frameon=False)
+        path = ROOT / ".github" / name
+        figure.savefig(path, transparent=True, metadata={"Date": None})
+        plt.close(figure)
+
+
 ROWS = {
     "batch": bench_batch,
     "train": bench_train,
@@ -495,13 +558,15 @@ ROWS = {
     "alone": bench_alone,
     "federation": bench_federation,
     "clients": bench_clients,
+    "memory": bench_memory,
+    "curves": draw_curves,
 }
 
 
 def main() -> None:
     """Print the rows asked for."""
     parser = argparse.ArgumentParser(description="Measure this project against the plain pipeline.")
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; default all")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--repetitions", type=cifar.number(int, 1), default=3, help="default: 3")
     args = parser.parse_args()
     if unknown := set(args.rows) - set(ROWS):
@@ -509,13 +574,13 @@ def main() -> None:
     images = "CIFAR-10" if there() else "generated images of CIFAR-10's size"
     print(f"{os.cpu_count()} cores, {images}, PyTorch {torch.__version__}, {DEVICE.type}")
     torch.set_num_threads(1)
-    for row in args.rows or ROWS:
+    for row in args.rows or list(ROWS)[:-1]:
         ROWS[row](args.repetitions)
 
 
 if __name__ == "__main__":
     functions: list[Callable[..., None]] = [plain_server, plain_client, our_client]
-    functions += [light_clients, plain_alone]
+    functions += [light_clients, plain_alone, our_large_server, plain_large_server]
     chosen = {function.__name__: function for function in functions}
     if sys.argv[1:] and sys.argv[1] in chosen:
         chosen[sys.argv[1]](*sys.argv[2:])

@@ -1,7 +1,5 @@
-"""cifar.py: the network, the data, the loops, and what its user sees when something is wrong."""
+"""cifar.py: the network, the data, the loops, the command lines, and how the scripts end."""
 
-import argparse
-import contextlib
 import functools
 import http.client
 import http.server
@@ -14,78 +12,57 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
-from conftest import ROOT, UNSET
+from helpers import PlainNet, assert_equal, plain_loaders, plain_train
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import cifar
-import server
 
 CPU = torch.device("cpu")
-ALPHAS = [None, 0.01, 0.1, 100]
+needs_posix = pytest.mark.skipif(os.name != "posix", reason="no signals, no links for everybody")
 
 
 @pytest.fixture
-def small_root(small_cifar, monkeypatch):
-    """Make this process take the small CIFAR-10 for the real one; return its folder."""
-    for name, value in small_cifar.attributes.items():
-        monkeypatch.setattr(torchvision.datasets.CIFAR10, name, value)
-    return small_cifar.root
+def copy_root(cifar_copy, use_cifar):
+    return use_cifar(cifar_copy)
 
 
-def article_loaders(root):
-    """Load the images as the tutorial does: decoded and normalized one at a time."""
-    transforms = torchvision.transforms
-    transform = transforms.Compose(
-        [transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))]
-    )
-    CIFAR10 = functools.partial(torchvision.datasets.CIFAR10, root, transform=transform)
-    trainloader = DataLoader(CIFAR10(train=True), batch_size=32, shuffle=True)
-    return trainloader, DataLoader(CIFAR10(train=False), batch_size=32, shuffle=False)
+# The network.
 
 
-def article_train(net, trainloader, epochs):
-    """Train as the tutorial does; return the loss of every step."""
-    criterion = nn.CrossEntropyLoss()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.001, momentum=0.9)
-    losses = []
-    for _ in range(epochs):
-        for images, labels in trainloader:
-            optimizer.zero_grad()
-            loss = criterion(net(images), labels)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-    return losses
-
-
-def test_network_has_the_tutorials_shapes():
-    net = cifar.Net()
+def test_network_is_the_tutorials():
+    net, plain, images = cifar.Net(), PlainNet(), torch.randn(4, 3, 32, 32)
     shapes = [tuple(value.shape) for value in net.state_dict().values()]
     assert shapes == [
         *[(6, 3, 5, 5), (6,), (16, 6, 5, 5), (16,)],
         *[(120, 400), (120,), (84, 120), (84,), (10, 84), (10,)],
     ]
     assert sum(value.numel() for value in net.parameters()) == 62_006
-    assert net(torch.zeros(7, 3, 32, 32)).shape == (7, 10)
+    plain.load_state_dict(net.state_dict())
+    assert net(images).shape == (4, 10)
+    torch.testing.assert_close(net(images), plain(images))
+    torch.testing.assert_close(net(images.to(memory_format=torch.channels_last)), plain(images))
 
 
-def test_network_gives_what_the_tutorials_layers_give():
-    net, images = cifar.Net(), torch.randn(4, 3, 32, 32)
-    x = F.max_pool2d(F.relu(net.conv1(images)), 2)
-    x = F.max_pool2d(F.relu(net.conv2(x)), 2).reshape(-1, 400)
-    expected = net.fc3(F.relu(net.fc2(F.relu(net.fc1(x)))))
-    torch.testing.assert_close(net(images), expected)
-    torch.testing.assert_close(net(images.to(memory_format=torch.channels_last)), expected)
+def test_network_that_does_not_fit_the_images_is_an_error():
+    images, net = cifar.synthesize(20, seed=1), cifar.Net().to(cifar.DEVICE)
+    cifar.check_network(net, images)
+    grey = cifar.Images("grey", images.images[..., :1], images.labels)
+    with pytest.raises(cifar.UserError, match=r"^Net does not fit images of shape \(1, 32, 32\): "):
+        cifar.check_network(net, grey)
+    letters = cifar.Images("letters", images.images, torch.arange(20) + 6)
+    with pytest.raises(cifar.UserError, match="^Net has 10 outputs, but there are 26 classes.$"):
+        cifar.check_network(net, letters)
+
+
+# The images.
 
 
 def test_load_data_returns_loaders_and_counts(small_root):
@@ -96,12 +73,11 @@ def test_load_data_returns_loaders_and_counts(small_root):
     images, labels = next(iter(trainloader))
     assert images.shape == (32, 3, 32, 32) and images.dtype == torch.float32
     assert labels.shape == (32,) and labels.dtype == torch.int64
-    assert trainloader.dataset.images.dtype == torch.uint8
 
 
 def test_batches_are_torchvisions_own_in_the_same_order(small_root):
     ours = cifar.load_data(data_root=small_root)[:2]
-    for our_loader, their_loader in zip(ours, article_loaders(small_root)):
+    for our_loader, their_loader in zip(ours, plain_loaders(small_root)):
         torch.manual_seed(3)
         our_images, our_labels = map(torch.cat, zip(*our_loader))
         torch.manual_seed(3)
@@ -110,7 +86,7 @@ def test_batches_are_torchvisions_own_in_the_same_order(small_root):
         assert torch.equal(our_labels, their_labels)
 
 
-def test_load_data_says_what_it_holds(small_root, capsys):
+def test_load_data_says_what_it_loaded(small_root, capsys):
     cifar.load_data(data_root=small_root)
     assert capsys.readouterr().out == (
         "CIFAR-10, partition 0 of 1: 500 training / 100 test images\n"
@@ -123,9 +99,7 @@ def test_load_data_says_what_it_holds(small_root, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert first == f"CIFAR-10, partition 0 of 3: {len(skewed)} training / 34 test images"
     counts = [int(count) for count in second.rpartition(": ")[2].split()]
-    assert counts == [int((skewed == label).sum()) for label in range(len(counts))]
-    assert len(counts) == 10, "the classes that this partition lacks too"
-    assert max(counts) > 2 * len(skewed) / 10, "skewed"
+    assert counts == [int((skewed == label).sum()) for label in range(10)], "also those it lacks"
 
 
 @pytest.mark.parametrize("alpha", [None, 0.5])
@@ -143,28 +117,63 @@ def test_other_images_need_only_another_read_images(monkeypatch, tmp_path, alpha
     assert images.shape == (len(labels), 1, 28, 28) and 0 < len(labels) <= 32
     assert images.min() == -1 and images.max() == 1
     for which, whole in enumerate(data):
-        parts = [pair[which].dataset for pair in loaders]
         known = {image.numpy().tobytes(): label for image, label in zip(whole.images, whole.labels)}
-        for part in parts:
-            for image, label in zip(part.images, part.labels):
+        for dataset in [pair[which].dataset for pair in loaders]:
+            for image, label in zip(dataset.images, dataset.labels):
                 assert known.pop(image.numpy().tobytes()) == label
-        assert not known, "every image is in one of the parts"
+        assert not known, "every image is in one of the partitions"
     net = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 26))
     cifar.check_network(net, data[1])
     cifar.train(net, loaders[1][0], epochs=1, device=CPU)
     assert cifar.test(net, loaders[1][1], CPU)[1] <= 1
 
 
+def test_images_and_their_classes_are_named():
+    pixels = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1)
+    unnamed = cifar.Images("dots", pixels, [2, 0, 1, 1, 0])
+    assert unnamed.classes == ["class 0", "class 1", "class 2"]
+    assert unnamed.subset(np.array([1])).classes == unnamed.classes, "also those that it lacks"
+    named = cifar.Images("dots", pixels, [2, 0, 1, 1, 0], ["x", "y", "z", "unseen"])
+    some = named.subset(np.array([4, 0]))
+    assert (some.name, len(some), some.labels.tolist()) == ("dots", 2, [0, 2])
+    assert some.images.flatten().tolist() == [4, 0]
+    assert some.classes == ["x", "y", "z", "unseen"]
+
+
+def test_generated_images_are_ten_classes_and_the_same_everywhere():
+    dataset = cifar.synthesize(300, seed=1)
+    assert dataset.images.shape == (300, 32, 32, 3) and dataset.images.dtype == torch.uint8
+    assert dataset.labels.bincount().tolist() == [30] * 10
+    assert dataset.name == "generated images" and len(dataset.classes) == 10
+    assert torch.equal(dataset.images, cifar.synthesize(300, seed=1).images)
+    assert not torch.equal(dataset.images, cifar.synthesize(300, seed=2).images)
+    assert dataset.images[7, 5, 6].tolist() == [133, 156, 131]
+
+
+@pytest.mark.parametrize("shape", [(28, 28, 1), (33, 50, 4)])
+def test_generated_images_have_the_shape_at_the_top(monkeypatch, shape):
+    monkeypatch.setattr(cifar, "IMAGE_SHAPE", shape)
+    trainloader, testloader, _ = cifar.load_data(synthetic=True)
+    assert trainloader.dataset.images.shape == (10_000, *shape)
+    assert testloader.dataset.images.shape == (2_000, *shape)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(shape)), 10))
+    cifar.train(net, trainloader, epochs=1, device=CPU)
+    assert cifar.test(net, testloader, CPU)[1] > 0.3, "the classes can be told apart"
+
+
+# Training and testing.
+
+
 def test_training_is_the_tutorials_to_rounding(small_root, capsys):
     torch.manual_seed(0)
-    theirs = cifar.Net()
-    article_train(theirs, article_loaders(small_root)[0], epochs=7)
+    theirs = PlainNet()
+    plain_train(theirs, plain_loaders(small_root)[0], epochs=4)
     torch.manual_seed(0)
     ours = cifar.Net()
-    cifar.train(ours, cifar.load_data(data_root=small_root)[0], epochs=7, device=CPU)
+    cifar.train(ours, cifar.load_data(data_root=small_root)[0], epochs=4, device=CPU)
     for name, value in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-4, atol=1e-6)
-    assert "Training 7 epoch(s) w/ 16 batches each" in capsys.readouterr().out
+    assert "Training 4 epoch(s) w/ 16 batches each" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("batches", [100, 104])
@@ -172,7 +181,7 @@ def test_train_prints_the_mean_loss_of_100_batches_and_of_the_last(capsys, batch
     images, labels = torch.randn(2 * batches, 3, 32, 32), torch.randint(10, (2 * batches,))
     loader = DataLoader(TensorDataset(images, labels), batch_size=2)
     torch.manual_seed(0)
-    losses = np.reshape(article_train(cifar.Net(), loader, epochs=2), (2, batches))
+    losses = np.reshape(plain_train(PlainNet(), loader, epochs=2), (2, batches))
     torch.manual_seed(0)
     cifar.train(cifar.Net(), loader, epochs=2, device=CPU)
     lines = [f"Training 2 epoch(s) w/ {batches} batches each"]
@@ -183,14 +192,15 @@ def test_train_prints_the_mean_loss_of_100_batches_and_of_the_last(capsys, batch
     assert capsys.readouterr().out.splitlines() == lines
 
 
-def test_train_lowers_the_loss_as_fast_as_it_is_told(capsys):
+def test_train_lowers_the_loss_as_fast_as_it_is_told():
     trainloader, testloader, _ = cifar.load_data(synthetic=True)
     torch.manual_seed(0)
     net = cifar.Net()
+    start = cifar.get_parameters(net)
     before, _ = cifar.test(net, testloader, CPU)
-    still = {name: value.clone() for name, value in net.state_dict().items()}
-    cifar.train(net, trainloader, epochs=1, device=CPU, lr=0)
-    assert all(torch.equal(value, still[name]) for name, value in net.state_dict().items())
+    few = cifar.load_data(synthetic=True, num_partitions=50)[0]
+    cifar.train(net, few, epochs=1, device=CPU, lr=0)
+    assert_equal(cifar.get_parameters(net), start)
     cifar.train(net, trainloader, epochs=1, device=CPU, lr=0.01)
     loss, accuracy = cifar.test(net, testloader, CPU)
     assert before > 2.2 and loss < 1 and accuracy > 0.8
@@ -199,8 +209,7 @@ def test_train_lowers_the_loss_as_fast_as_it_is_told(capsys):
 def test_test_returns_mean_loss_and_accuracy():
     """Three examples, worked out by hand: two right, one wrong; the last batch is smaller."""
     scores = torch.tensor([[2.0, 0.0], [0.0, 0.0], [1.0, 3.0]])
-    labels = torch.tensor([0, 0, 0])
-    loader = DataLoader(TensorDataset(scores, labels), batch_size=2)
+    loader = DataLoader(TensorDataset(scores, torch.tensor([0, 0, 0])), batch_size=2)
     net = nn.Sequential(nn.Dropout(0.9))  # testing must switch it off, training on again
     loss, accuracy = cifar.test(net, loader, CPU)
     by_hand = [np.log(1 + np.exp(-2)), np.log(2), np.log(1 + np.exp(2))]
@@ -217,271 +226,134 @@ def test_training_uses_dropout():
     assert torch.equal(net[1].weight, before), "all outputs are dropped, so nothing is learned"
 
 
-def test_synthetic_images_are_ten_classes_and_always_the_same():
-    dataset = cifar.synthesize(300, seed=1)
-    images = dataset.images
-    assert images.shape == (300, 32, 32, 3) and images.dtype == torch.uint8
-    assert dataset.labels.bincount().tolist() == [30] * 10
-    assert dataset.name == "generated images" and len(dataset.classes) == 10
-    assert torch.equal(images, cifar.synthesize(300, seed=1).images)
-    assert not torch.equal(images, cifar.synthesize(300, seed=2).images)
-    # Known numbers, so that machines that differ in this would be found out.
-    assert images[7, 5, 6].tolist() == KNOWN_PIXEL
+# Partitions.
 
 
-KNOWN_PIXEL = [133, 156, 131]
-
-
-@pytest.mark.parametrize("shape", [(28, 28, 1), (33, 50, 4)])
-def test_synthetic_images_have_the_shape_at_the_top(monkeypatch, shape):
-    monkeypatch.setattr(cifar, "IMAGE_SHAPE", shape)
-    trainloader, testloader, _ = cifar.load_data(synthetic=True)
-    assert trainloader.dataset.images.shape == (10_000, *shape)
-    assert testloader.dataset.images.shape == (2_000, *shape)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(shape)), 10))
-    cifar.train(net, trainloader, epochs=1, device=CPU)
-    assert cifar.test(net, testloader, CPU)[1] > 0.3, "the classes can be told apart"
-
-
-def test_images_are_named_and_so_are_their_classes():
-    pixels = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1)
-    unnamed = cifar.Images("dots", pixels, [2, 0, 1, 1, 0])
-    assert unnamed.classes == ["class 0", "class 1", "class 2"]
-    named = cifar.Images("dots", pixels, [2, 0, 1, 1, 0], ["x", "y", "z", "unseen"])
-    some = named.subset(np.array([4, 0]))
-    assert (some.name, len(some), some.labels.tolist()) == ("dots", 2, [0, 2])
-    assert some.images.flatten().tolist() == [4, 0]
-    assert some.classes == ["x", "y", "z", "unseen"]
-
-
-def test_a_small_part_knows_all_classes():
-    whole = cifar.Images("dots", np.zeros((3, 1, 1, 1), np.uint8), [0, 1, 2])
-    assert len(whole.subset(np.array([0])).classes) == 3
-
-
-def test_network_that_does_not_fit_the_images_is_refused():
-    images = cifar.synthesize(20, seed=1)
-    cifar.check_network(cifar.Net().to(cifar.DEVICE), images)
-    grey = cifar.Images("grey", images.images[..., :1], images.labels)
-    with pytest.raises(cifar.UserError, match=r"^Net does not fit images of shape \(1, 32, 32\): "):
-        cifar.check_network(cifar.Net().to(cifar.DEVICE), grey)
-    letters = cifar.Images("letters", images.images, torch.arange(20) + 6)
-    message = "^Net has 10 outputs, but there are 26 classes.$"
-    with pytest.raises(cifar.UserError, match=message):
-        cifar.check_network(cifar.Net().to(cifar.DEVICE), letters)
-
-
-@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("alpha", [None, 0.01, 0.1, 100])
 @pytest.mark.parametrize("num_partitions", [1, 3, 10])
-def test_parts_are_disjoint_complete_and_always_the_same(num_partitions, alpha):
+def test_partitions_are_disjoint_complete_and_always_the_same(num_partitions, alpha):
     labels = np.random.RandomState(0).randint(10, size=2_003)
-    parts = cifar.partition(labels, num_partitions, alpha)
-    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(2_003))
-    assert len(parts) == num_partitions and all(len(part) for part in parts)
+    partitions = cifar.partition(labels, num_partitions, alpha)
+    assert np.array_equal(np.sort(np.concatenate(partitions)), np.arange(2_003))
+    assert len(partitions) == num_partitions and all(map(len, partitions))
     if alpha is None:
-        assert {len(part) - 2_003 // num_partitions for part in parts} <= {0, 1}
-    again = cifar.partition(labels, num_partitions, alpha)
-    assert all(np.array_equal(part, same) for part, same in zip(parts, again))
+        assert {len(each) - 2_003 // num_partitions for each in partitions} <= {0, 1}
+    assert_equal(cifar.partition(labels, num_partitions, alpha), partitions)
 
 
-def test_parts_are_the_same_on_every_machine():
-    parts = cifar.partition(np.arange(100) % 10, 10)
+def test_partitions_are_the_same_on_every_machine():
+    iid = cifar.partition(np.arange(100) % 10, 10)
+    assert iid[3].tolist() == [5, 29, 51, 52, 56, 67, 73, 81, 97, 98]
     skewed = cifar.partition(np.arange(100) % 10, 10, alpha=1)
-    assert (parts[3].tolist(), skewed[3].tolist()) == KNOWN_PARTS
+    assert skewed[3].tolist() == [0, 4, 14, 30, 34, 38, 44, 61, 66, 74, 81]
 
 
-KNOWN_PARTS = ([5, 29, 51, 52, 56, 67, 73, 81, 97, 98], [0, 4, 14, 30, 34, 38, 44, 61, 66, 74, 81])
-
-
-def test_parts_are_drawn_from_dirichlet_class_by_class():
-    """Written out as in the paper: of each class, in a fixed order, a share drawn for each part."""
+def test_partitions_are_drawn_from_dirichlet_class_by_class():
+    """Written out as in the paper: for each class, the shares of all partitions are drawn."""
     labels = np.random.RandomState(0).permutation(np.arange(5_000) % 10)
-    counts = [np.bincount(labels[part], minlength=10) for part in cifar.partition(labels, 4, 0.5)]
+    counts = [np.bincount(labels[each], minlength=10) for each in cifar.partition(labels, 4, 0.5)]
     random = np.random.RandomState(2019)
     random.permutation(5_000)
     shares = np.array([random.dirichlet([0.5] * 4) for _ in range(10)])
     assert np.abs(np.transpose(counts) - 500 * shares).max() <= 1
 
 
-def test_no_part_is_empty():
-    """Of few images, most parts would get none: each has one from the largest then."""
-    labels = np.arange(30) % 10
-    for alpha in (0.1, 1.0):
-        parts = cifar.partition(labels, 30, alpha)
-        assert [len(part) for part in parts] == [1] * 30
-        assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(30))
+@pytest.mark.parametrize("alpha", [0.1, 1.0])
+def test_no_partition_is_empty(alpha):
+    """Of few images, most partitions would get none: each has one from the largest then."""
+    partitions = cifar.partition(np.arange(30) % 10, 30, alpha)
+    assert sorted(part.tolist() for part in partitions) == [[i] for i in range(30)]
 
 
-def test_smaller_alpha_is_more_skewed():
-    labels = np.random.RandomState(0).permutation(np.arange(20_000) % 10)
-
-    def largest_share(alpha):
-        parts = cifar.partition(labels, 10, alpha)
-        counts = np.array([np.bincount(labels[part], minlength=10) for part in parts])
-        return (counts.max(axis=0) / 2_000).mean()
-
-    shares = [largest_share(alpha) for alpha in (None, 1000, 10, 1, 0.01)]
-    assert shares[0] < 0.12 and shares[1] < 0.16, "alike: each class is about a tenth"
-    assert shares[1] < shares[2] < shares[3] < shares[4]
-    assert shares[4] > 0.8, "most of a class is in one part"
-
-
-def test_a_client_keeps_only_its_own_part(small_root):
-    loaders = [
-        cifar.load_data(data_root=small_root, partition_id=i, num_partitions=3, alpha=0.1)[:2]
-        for i in range(3)
-    ]
-    for which, total in enumerate([500, 100]):
-        datasets = [pair[which].dataset for pair in loaders]
-        parts = torch.cat([dataset.images for dataset in datasets]).flatten(1)
-        assert sum(len(dataset) for dataset in datasets) == total
-        assert len(torch.unique(parts, dim=0)) == total
-        for dataset in datasets:
-            assert dataset.images.untyped_storage().nbytes() == len(dataset) * 3072
-    tests = [loader.dataset.labels for _, loader in loaders]
-    assert all(len(torch.unique(labels)) == 10 for labels in tests), "not skewed"
-
-
-def test_a_part_keeps_image_and_label_together(small_root):
-    whole = cifar.load_data(data_root=small_root)[0].dataset
-    known = {image.numpy().tobytes(): label for image, label in zip(whole.images, whole.labels)}
-    part = cifar.load_data(data_root=small_root, partition_id=1, num_partitions=2, alpha=1)[0]
-    for image, label in zip(part.dataset.images, part.dataset.labels):
-        assert known[image.numpy().tobytes()] == label
+def test_a_client_holds_only_its_partition_in_memory_and_its_tests_are_iid(small_root):
+    trainloader, testloader, _ = cifar.load_data(data_root=small_root, num_partitions=3, alpha=0.1)
+    for dataset in (trainloader.dataset, testloader.dataset):
+        assert dataset.images.untyped_storage().nbytes() == len(dataset) * 3072
+    assert testloader.dataset.labels.bincount(minlength=10).min() > 0
 
 
 OUT_OF_RANGE = "--partition-id {} is out of range: use 0 to {} with --num-partitions {}."
-NO_PARTS = {
+WRONG_PARTITIONS = {
     (3, 3): OUT_OF_RANGE.format(3, 2, 3),
-    (-1, 3): OUT_OF_RANGE.format(-1, 2, 3),
     (1, 1): OUT_OF_RANGE.format(1, 0, 1),
-    (100, 101): "--num-partitions 101 is too many for 100 images.",
     (0, 101): "--num-partitions 101 is too many for 100 images.",
     (0, 501): "--num-partitions 501 is too many for 500 images.",
 }
 
 
-@pytest.mark.parametrize("part, parts", NO_PARTS)
-def test_a_part_without_images_is_an_error(small_root, part, parts):
-    with pytest.raises(cifar.UserError) as error:
-        cifar.load_data(data_root=small_root, partition_id=part, num_partitions=parts)
-    assert str(error.value) == NO_PARTS[part, parts]
+@pytest.mark.parametrize("partition_id, number", WRONG_PARTITIONS)
+def test_partition_without_images_is_an_error(call, small_root, partition_id, number):
+    flags = ["--partition-id", partition_id, "--num-partitions", number]
+    output = call("client", "--data-root", small_root, *flags, code=1)
+    assert output.splitlines()[-1] == WRONG_PARTITIONS[partition_id, number]
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "x", "nan", "2.5"])
-def test_numbers_out_of_range_are_refused(text):
-    with pytest.raises((ValueError, argparse.ArgumentTypeError)):
-        cifar.number(int, 1)(text)
-    with pytest.raises((ValueError, argparse.ArgumentTypeError)):
-        cifar.number(float, 3)(text)
+# Models and their parameters.
 
 
-@pytest.mark.parametrize(
-    "text", ["", "8080", "host", ":80", "h:0", "h:65536", "http://h:80", "h:x", "h:-1", "h:80/x"]
-)
-def test_what_is_no_address_is_refused(call, text):
-    assert "argument --server-address: " in call("client", f"--server-address={text}", code=2)
-
-
-def test_addresses_are_accepted():
-    for text in ("localhost:1", "[::1]:65535", "a-b.example:8080", "192.0.2.1:80"):
-        assert cifar.address(text) == text
-
-
-@pytest.mark.parametrize("content", [b"", b"junk", "list", "other", "partial", "shape"])
-def test_what_is_no_model_is_refused(tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"junk", "list", "other", "partial", "shape", "nan"])
+def test_what_is_no_model_is_an_error(call, tmp_path, content):
     path = tmp_path / "model.pt"
-    state_dict = cifar.Net().state_dict()
+    state = cifar.Net().state_dict()
     objects = {
         "list": ([1, 2], "not a model file"),
         "other": (nn.Linear(2, 2).state_dict(), "conv1.weight"),
-        "partial": (dict(list(state_dict.items())[:-1]), "fc3.bias"),
-        "shape": ({**state_dict, "fc1.bias": torch.zeros(7)}, "fc1.bias"),
+        "partial": (dict(list(state.items())[:-1]), "fc3.bias"),
+        "shape": ({**state, "fc1.bias": torch.zeros(7)}, "fc1.bias"),
+        "nan": ({**state, "fc2.bias": torch.full((84,), np.nan)}, "NaN or infinity in fc2.bias"),
     }
+    value, reason = objects.get(content, (None, "not a model file"))
     if isinstance(content, bytes):
         path.write_bytes(content)
-        reason = "not a model file"
     else:
-        value, reason = objects[content]
         torch.save(value, path)
-    message = f"^{re.escape(str(path))} is not a state_dict of cifar.Net: .*{reason}"
-    with pytest.raises(cifar.UserError, match=message) as error:
-        cifar.load_model(path)
-    assert "\n" not in str(error.value)
+    (line,) = call("cifar", "--evaluate", path, code=1).splitlines()
+    problem = "is not usable" if content == "nan" else "is not a state_dict of cifar.Net"
+    assert line.startswith(f"{path} {problem}: ") and reason in line
 
 
-def test_saved_model_is_loaded(tmp_path):
-    net = cifar.Net()
-    torch.save(net.state_dict(), tmp_path / "model.pt")
-    loaded = cifar.load_model(tmp_path / "model.pt")
-    assert isinstance(loaded, cifar.Net)
-    for name, value in net.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], value)
-    with pytest.raises(
-        cifar.UserError, match="Cannot read the model .*none.pt: No such file or directory.$"
-    ):
-        cifar.load_model(tmp_path / "none.pt")
+def test_evaluating_needs_a_model(call):
+    line = "Cannot read the model none.pt: No such file or directory.\n"
+    assert call("cifar", "--synthetic", "--evaluate", "none.pt", code=1) == line
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_saved_model_with_nan_is_refused(tmp_path, value):
-    net = cifar.Net()
-    with torch.no_grad():
-        net.fc2.bias[3] = value
-    torch.save(net.state_dict(), tmp_path / "model.pt")
-    with pytest.raises(
-        cifar.UserError, match="model.pt is not usable: NaN or infinity in fc2.bias$"
-    ):
+def test_a_model_cannot_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path.joinpath("evil").touch, ())
+
+    torch.save(Evil(), tmp_path / "model.pt")
+    with pytest.raises(cifar.UserError, match="not a model file"):
         cifar.load_model(tmp_path / "model.pt")
+    assert not (tmp_path / "evil").exists()
 
 
-def named(net):
-    return dict(zip(net.state_dict(), cifar.get_parameters(net), strict=True))
+def with_bias(arrays, bias):
+    return [*arrays[:3], bias, *arrays[4:]]
 
 
-def test_parameters_that_fit_pass():
-    cifar.check_parameters(named(cifar.Net()), cifar.get_parameters(cifar.Net()))
-    normalized = nn.BatchNorm2d(3)  # counts its batches in an integer
-    normalized.num_batches_tracked += 1000
-    cifar.check_parameters(named(normalized), cifar.get_parameters(normalized), limit=10)
-
-
-WRONG_PARAMETERS = {
-    "shape": (
-        lambda arrays: [*arrays[:3], arrays[3][:5], *arrays[4:8], arrays[8][:2], arrays[9]],
-        "conv2.bias: expected float32(16,), got float32(5,) (different models?)",
+OTHER = "conv2.bias: expected float32(16,), got {} (different models?)"
+WRONG_PARAMETERS = [
+    (
+        lambda old: [*with_bias(old, old[3][:5])[:8], old[8][:2], old[9]],
+        OTHER.format("float32(5,)"),
     ),
-    "kind": (
-        lambda arrays: [*arrays[:3], arrays[3].astype(float), *arrays[4:]],
-        "conv2.bias: expected float32(16,), got float64(16,) (different models?)",
-    ),
-    "order": (
-        lambda arrays: [*arrays[:3], *arrays[:2:-1]],
-        "conv2.bias: expected float32(16,), got float32(10,) (different models?)",
-    ),
-    "few": (lambda arrays: arrays[:3], "conv2.bias is missing: got 3 of 10 parameters"),
-    "many": (
-        lambda arrays: [*arrays, np.zeros(2)],
-        "expected 10 parameters, got 11",
-    ),
-    "infinite": (
-        lambda arrays: [*arrays[:3], arrays[3] - np.float32(np.inf), *arrays[4:]],
-        "NaN or infinity in conv2.bias",
-    ),
-    "large": (
-        lambda arrays: [*arrays[:3], arrays[3] * 0 - np.float32(2e6), *arrays[4:]],
-        "conv2.bias: 2e+06 is implausible (limit 1e+06)",
-    ),
-}
+    (lambda old: with_bias(old, old[3].astype(float)), OTHER.format("float64(16,)")),
+    (lambda old: [*old[:3], *old[:2:-1]], OTHER.format("float32(10,)")),
+    (lambda old: with_bias(old, old[3] - np.float32(np.inf)), "NaN or infinity in conv2.bias"),
+    (lambda old: old[:3], "conv2.bias is missing: got 3 of 10 parameters"),
+    (lambda old: [*old, np.zeros(2)], "expected 10 parameters, got 11"),
+]
 
 
-@pytest.mark.parametrize("wrong", WRONG_PARAMETERS)
-def test_first_parameter_that_differs_is_named(wrong):
-    spoil, message = WRONG_PARAMETERS[wrong]
-    arrays = spoil(cifar.get_parameters(cifar.Net()))
+@pytest.mark.parametrize("spoil, message", WRONG_PARAMETERS)
+def test_first_parameter_that_differs_is_named_and_none_is_set(spoil, message):
+    net = cifar.Net()
+    before = cifar.get_parameters(net)
     with pytest.raises(cifar.UserError) as error:
-        cifar.check_parameters(named(cifar.Net()), arrays, limit=1e6)
+        cifar.set_parameters(net, spoil([array + 1 for array in before]))
     assert str(error.value) == message
+    assert_equal(cifar.get_parameters(net), before)
 
 
 def test_parameters_that_are_set_are_those_that_are_got():
@@ -492,15 +364,6 @@ def test_parameters_that_are_set_are_those_that_are_got():
         array += 1  # a copy was taken of them, and they were copies
     for name, value in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value)
-
-
-def test_parameters_that_do_not_fit_change_nothing():
-    net = cifar.Net()
-    before = cifar.get_parameters(net)
-    with pytest.raises(cifar.UserError, match="^fc3.bias is missing: got 9 of 10 parameters$"):
-        cifar.set_parameters(net, [array + 1 for array in before[:-1]])
-    for array, same in zip(cifar.get_parameters(net), before, strict=True):
-        assert np.array_equal(array, same)
 
 
 def test_only_the_shared_state_is_exchanged(monkeypatch):
@@ -518,94 +381,12 @@ def test_only_the_shared_state_is_exchanged(monkeypatch):
     assert torch.equal(ours.fc3.weight, own) and torch.equal(ours.fc2.weight, theirs.fc2.weight)
 
 
-def test_files_are_replaced_all_or_none(tmp_path):
-    first, second = tmp_path / "a.pt", tmp_path / "a.json"
-    cifar.write_files({first: b"1", second: b"2"})
-    cifar.write_files({first: b"3", second: b"4"})
-    assert (first.read_bytes(), second.read_bytes()) == (b"3", b"4")
-    missing = tmp_path / "none" / "a.pt"
-    with pytest.raises(cifar.UserError) as error:
-        cifar.write_files({first: b"5", missing: b"6"})
-    reason = "No such file or directory. The previous file is unchanged."
-    assert str(error.value) == f"Cannot write {missing}: {reason}"
-    assert (first.read_bytes(), second.read_bytes()) == (b"3", b"4")
-    assert sorted(os.listdir(tmp_path)) == ["a.json", "a.pt"], "nothing is left beside them"
-
-
-HISTORIES = {
-    '[{"round": 1}, {"round": 2}]': [{"round": 1}, {"round": 2}],
-    "[]": [],
-    '{"round": 1}': None,
-    '[{"data": "x"}]': None,
-    "[1]": None,
-    "7": None,
-    "{half": None,
-}
-
-
-@pytest.mark.parametrize("text", HISTORIES)
-def test_history_is_read_from_beside_the_model(tmp_path, text):
-    assert cifar.read_history(tmp_path / "model.pt") is None
-    (tmp_path / "model.json").write_text(text, encoding="utf-8")
-    assert cifar.read_history(tmp_path / "model.pt") == HISTORIES[text]
-
-
-def flags_parser():
-    parser = argparse.ArgumentParser()
-    cifar.add_shared_arguments(parser)
-    return parser
-
-
-def test_config_of_flowers_engine_is_read_as_flags():
-    config = {"batch-size": 8, "synthetic": True, "data-root": "a folder", "rounds": 7}
-    config |= {"min-clients": 2, "resume": True}
-    args = cifar.parse_config(flags_parser(), config, server.make_parser())
-    assert (args.batch_size, args.synthetic, args.data_root) == (8, True, "a folder")
-    assert not hasattr(args, "rounds") and not hasattr(args, "resume")
-    config = {"synthetic": False, "resume": False}
-    defaults = cifar.parse_config(flags_parser(), config, server.make_parser())
-    assert defaults == flags_parser().parse_args([])
-
-
-def test_bad_value_in_a_config_is_argparses_error(capsys):
-    with pytest.raises(SystemExit) as stop:
-        cifar.parse_config(flags_parser(), {"batch-size": 0}, server.make_parser())
-    assert stop.value.code == 2
-    assert "argument --batch-size: 0 is not between 1 and" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "key, nearest",
-    [("batchsize", "batch-size"), ("batch", "batch-size"), ("min-client", "min-clients")],
-)
-def test_unknown_key_in_a_config_is_an_error_with_the_nearest_name(capsys, key, nearest):
-    with pytest.raises(SystemExit) as stop:
-        cifar.parse_config(flags_parser(), {"seed": 1, key: 8}, server.make_parser())
-    assert stop.value.code == 2
-    message = f"error: unknown key {key!r} in the config (did you mean {nearest!r}?)\n"
-    assert capsys.readouterr().err.endswith(message)
-
-
-def test_a_model_cannot_run_code(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (tmp_path.joinpath("evil").touch, ())
-
-    torch.save(Evil(), tmp_path / "model.pt")
-    with pytest.raises(cifar.UserError, match="not a model file"):
-        cifar.load_model(tmp_path / "model.pt")
-    assert not (tmp_path / "evil").exists()
-
-
-# The script itself, and fetching the images: as processes.
-
-
-REQUESTS = 2  # of one download: torchvision looks for redirections first
+# Downloading.
 
 
 @pytest.fixture
-def web(small_cifar):
-    """Serve the small archive; return its address, the requests so far, and a switch that stalls it."""
+def web(small_cifar, monkeypatch):
+    """Serve the small archive; return its address, the requests so far, a switch that stalls it."""
     requests, go_on = queue.SimpleQueue(), threading.Event()
     go_on.set()
 
@@ -627,136 +408,111 @@ def web(small_cifar):
     httpd.shutdown()
 
 
-def test_script_trains_and_prints_loss_and_accuracy(start, small_cifar):
-    script = start("cifar.py", "--epochs", 3, "--batch-size", 10, "--seed", 1, cifar=small_cifar)
-    assert script.end() == 0
-    lines = script.output.splitlines()
-    assert lines[0] == "Centralized PyTorch training"
-    assert "Training 3 epoch(s) w/ 50 batches each" in lines
-    assert lines[-2].startswith("Loss: ") and lines[-1].startswith("Accuracy: ")
+def downloading(root):
+    doing = "downloading (or waiting for another process that is downloading it)"
+    return f"CIFAR-10 is not in {root}: {doing}"
 
 
-def not_there(cifar):
-    doing = "downloading (or waiting for another process to do so)"
-    return f"CIFAR-10 is not in {cifar.root}: {doing}\n"
-
-
-def test_offline_says_what_to_do(start, cifar_copy):
-    shutil.rmtree(cifar_copy.root)
-    script = start("cifar.py", cifar=cifar_copy)
-    assert script.end() == 1
-    *lines, last = script.output.splitlines(keepends=True)
-    assert lines == ["Centralized PyTorch training\n", "Load data\n", not_there(cifar_copy)]
-    assert last.startswith(
-        f"Cannot download CIFAR-10 from {cifar.DATA_URL} to {cifar_copy.root} (<urlopen error "
-    )
-    assert "Connection refused" in last
-    assert last.endswith("). Put cifar-10-python.tar.gz there, or use --synthetic.\n")
+def test_offline_says_what_to_do(call, small_root, tmp_path):
+    root = tmp_path / "none"
+    *lines, last = call("cifar", "--data-root", root, code=1).splitlines()
+    assert lines == ["Centralized PyTorch training", "Load data", downloading(root)]
+    problem = f"Cannot download CIFAR-10 from {cifar.DATA_URL} to {root} (<urlopen error "
+    assert last.startswith(problem)
+    assert last.endswith("). Put cifar-10-python.tar.gz there, or use --synthetic.")
 
 
 def test_address_named_is_the_one_that_is_fetched():
     assert cifar.DATA_URL == torchvision.datasets.CIFAR10.url
 
 
-MISSING = RuntimeError("not found. You can use download=True to download it")
+def test_data_root_that_is_a_file_or_below_one_is_an_error(call, small_root):
+    archive = small_root / "cifar-10-python.tar.gz"
+    last = call("cifar", "--data-root", archive, code=1).splitlines()[-1]
+    assert last == f"--data-root {archive} is a file, not a directory."
+    last = call("cifar", "--data-root", archive / "below", code=1).splitlines()[-1]
+    assert last.startswith(f"Cannot download CIFAR-10 from {cifar.DATA_URL} to {archive / 'below'}")
 
 
-@pytest.mark.parametrize(
-    "error",
-    [RuntimeError("ju\nnk"), ConnectionResetError("ju\nnk"), http.client.HTTPException("ju\nnk")],
-)
-def test_whatever_stops_the_download_is_one_line(monkeypatch, tmp_path, error):
-    def read_images(root, download):
-        raise error if download else MISSING
+@pytest.fixture
+def reading(monkeypatch):
+    """Let reading the images, and downloading them if that is given, raise these errors."""
 
-    monkeypatch.setattr(cifar, "read_images", read_images)
-    with pytest.raises(cifar.UserError) as raised:
-        cifar.find_images(tmp_path)
-    assert str(raised.value) == (
-        f"Cannot download CIFAR-10 from {cifar.DATA_URL} to {tmp_path} (ju nk). "
-        "Put cifar-10-python.tar.gz there, or use --synthetic."
-    )
+    def raising(found, downloaded=None):
+        def read_images(root, download):
+            raise downloaded if download else found
+
+        monkeypatch.setattr(cifar, "read_images", read_images)
+
+    return raising
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_download_has_a_timeout_of_its_own(monkeypatch, tmp_path, fails):
-    """Nothing else of the process gets it: gRPC's connections, for one."""
-    timeouts = []
-
-    def read_images(root, download):
-        timeouts.append(socket.getdefaulttimeout())
-        if fails or not download:
-            raise MISSING
-        return "training set", "test set"
-
-    monkeypatch.setattr(cifar, "read_images", read_images)
-    before = socket.getdefaulttimeout()
-    with contextlib.suppress(cifar.UserError):
-        assert cifar.find_images(tmp_path) == ("training set", "test set")
-    assert timeouts == [before, 30]
-    assert socket.getdefaulttimeout() == before
+@pytest.mark.parametrize("kind", [RuntimeError, ConnectionResetError, http.client.HTTPException])
+def test_whatever_stops_the_download_is_one_line(call, reading, tmp_path, kind):
+    missing = RuntimeError("not found. You can use download=True to download it")
+    reading(missing, kind("ju\nnk"))
+    output = call("cifar", "--data-root", tmp_path, code=1)
+    where = f"from {cifar.DATA_URL} to {tmp_path} (ju nk)"
+    todo = "Put cifar-10-python.tar.gz there, or use --synthetic."
+    assert output.splitlines()[-1] == f"Cannot download CIFAR-10 {where}. {todo}"
 
 
-def test_defect_in_read_images_is_not_taken_for_missing_images(monkeypatch, tmp_path):
-    def read_images(root, download):
-        assert not download
-        raise RuntimeError("a defect")
-
-    monkeypatch.setattr(cifar, "read_images", read_images)
-    with pytest.raises(RuntimeError, match="^a defect$"):
-        cifar.find_images(tmp_path)
-
-
-def test_images_that_cannot_be_read_are_one_line(monkeypatch, tmp_path):
-    def read_images(root, download):
-        assert not download
-        raise PermissionError(13, "Permission denied", "a file")
-
-    monkeypatch.setattr(cifar, "read_images", read_images)
-    with pytest.raises(cifar.UserError) as error:
-        cifar.find_images(tmp_path)
+def test_images_that_cannot_be_read_are_one_line(call, reading):
+    reading(PermissionError(13, "Permission denied", "a file"))
     reason = "[Errno 13] Permission denied: 'a file'"
-    assert str(error.value) == f"Cannot read CIFAR-10: {reason}. Check --data-root."
+    last = call("cifar", code=1).splitlines()[-1]
+    assert last == f"Cannot read CIFAR-10: {reason}. Check --data-root."
 
 
-def test_stalled_download_ends(small_root, monkeypatch, tmp_path, web):
+def test_bug_in_read_images_is_not_taken_for_missing_images(call, reading):
+    reading(RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match="^a bug$"):
+        call("cifar")
+
+
+def test_stalled_download_ends(call, small_root, monkeypatch, tmp_path, web):
     """What the script waits for at most is made shorter here; were it for ever, this would fail."""
     url, requests, go_on = web
     go_on.clear()
     set_timeout = socket.setdefaulttimeout
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", url)
-    monkeypatch.setattr(
-        socket, "setdefaulttimeout", lambda seconds: set_timeout(seconds and seconds / 100)
-    )
-    with pytest.raises(cifar.UserError, match=r"\(.*timed out.*\)"):
-        cifar.find_images(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "setdefaulttimeout", lambda s: set_timeout(s and s / 100))
+        assert "timed out" in call("cifar", "--data-root", tmp_path, code=1).splitlines()[-1]
     requests.get(timeout=60)
+    assert socket.getdefaulttimeout() is None, "other connections of the process wait as before"
 
 
 def test_archive_alone_is_enough(start, cifar_copy):
     shutil.rmtree(cifar_copy.root / "cifar-10-batches-py")
-    script = start("cifar.py", "--epochs", 1, cifar=cifar_copy)
+    script = start("cifar.py", "--epochs", 3, "--batch-size", 10, "--seed", 1, cifar=cifar_copy)
     assert script.end() == 0, script.output
+    lines = script.output.splitlines()
+    assert lines[0] == "Centralized PyTorch training"
+    assert "Training 3 epoch(s) w/ 50 batches each" in lines
+    assert lines[-2].startswith("Loss: ") and lines[-1].startswith("Accuracy: ")
 
 
-def test_damaged_file_is_unpacked_again(start, cifar_copy):
-    (cifar_copy.root / "cifar-10-batches-py" / "data_batch_3").write_bytes(b"half")
-    script = start("cifar.py", "--epochs", 1, cifar=cifar_copy)
-    assert script.end() == 0, script.output
+def test_damaged_file_is_unpacked_again(call, copy_root):
+    (copy_root / "cifar-10-batches-py" / "data_batch_3").write_bytes(b"half")
+    call("cifar", "--epochs", 1, "--data-root", copy_root)
 
 
-def test_damaged_archive_is_fetched_again(start, cifar_copy, web):
-    cifar_copy.attributes["url"], requests, _ = web
-    shutil.rmtree(cifar_copy.root / "cifar-10-batches-py")
-    archive = cifar_copy.root / "cifar-10-python.tar.gz"
+REQUESTS = 2  # of one download: torchvision looks for redirections first
+
+
+def test_damaged_archive_is_downloaded_again(call, copy_root, web, monkeypatch):
+    url, requests, _ = web
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", url)
+    shutil.rmtree(copy_root / "cifar-10-batches-py")
+    archive = copy_root / "cifar-10-python.tar.gz"
     archive.write_bytes(archive.read_bytes()[:-100])
-    script = start("cifar.py", "--epochs", 1, cifar=cifar_copy)
-    assert script.end() == 0, script.output
+    output = call("cifar", "--epochs", 1, "--data-root", copy_root)
     assert requests.qsize() == REQUESTS
-    assert "%" not in script.output, "a progress bar is for terminals"
+    assert "%" not in output, "a progress bar is for terminals"
 
 
-def test_archive_is_fetched_once_even_if_the_first_is_killed(start, cifar_copy, web):
+def test_archive_is_downloaded_once_even_if_the_first_is_killed(start, cifar_copy, web):
     shutil.rmtree(cifar_copy.root)
     cifar_copy.attributes["url"], requests, go_on = web
     go_on.clear()
@@ -764,78 +520,30 @@ def test_archive_is_fetched_once_even_if_the_first_is_killed(start, cifar_copy, 
     requests.get(timeout=60)
     others = [start("cifar.py", "--epochs", 1, cifar=cifar_copy) for _ in range(2)]
     for script in (first, *others):
-        script.until(not_there(cifar_copy))
+        script.until(downloading(cifar_copy.root))
     first.kill()
     go_on.set()
     assert [script.end() for script in others] == [0, 0], others[0].output + others[1].output
     assert requests.qsize() == REQUESTS, "those of one of the others"
 
 
-def test_data_folder_that_cannot_be_made(start, cifar_copy):
-    cifar_copy.root = cifar_copy.root / "cifar-10-python.tar.gz" / "below-a-file"
-    script = start("cifar.py", cifar=cifar_copy)
-    assert script.end() == 1
-    lines = script.output.splitlines()
-    assert lines[:2] == ["Centralized PyTorch training", "Load data"]
-    assert "Traceback" not in script.output
-    assert f"CIFAR-10 from {cifar.DATA_URL} to {cifar_copy.root} (" in lines[-1]
-    assert lines[-1].endswith("or use --synthetic.")
+# Saving and evaluating a model.
 
 
-def test_data_folder_that_is_a_file(start, cifar_copy):
-    cifar_copy.root = cifar_copy.root / "cifar-10-python.tar.gz"
-    script = start("cifar.py", cifar=cifar_copy)
-    assert script.end() == 1
-    last = f"--data-root {cifar_copy.root} is a file, not a directory."
-    assert script.output.splitlines() == ["Centralized PyTorch training", "Load data", last]
-
-
-def test_wrong_flags_are_argparses_errors(call):
-    output = call("cifar", "--epochs", "0", code=2)
-    assert "argument --epochs: 0 is not between 1 and" in output
-    output = call("cifar", "--lr", "0", code=2)
-    assert "argument --lr: 0 is not between" in output
-
-
-def test_evaluate_needs_a_model(start):
-    script = start("cifar.py", "--synthetic", "--evaluate", "none.pt")
-    assert script.end() == 1
-    *_, last = script.output.splitlines()
-    assert last == "Cannot read the model none.pt: No such file or directory."
-    assert "Traceback" not in script.output and "Load data" not in script.output
-
-
-def test_model_is_kept_where_the_user_says_and_nowhere_else(
-    call, small_root, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
+def test_model_is_saved_where_the_user_says_and_nowhere_else(call, small_root, tmp_path):
     arguments = ["cifar", "--epochs", 1, "--data-root", small_root, "--seed", 1]
     without = call(*arguments)
-    assert os.listdir(tmp_path) == []
-    assert call(*arguments, "--model", "kept.pt") == without
-    assert os.listdir(tmp_path) == ["kept.pt"]
-    state_dict = torch.load("kept.pt", weights_only=True)
-    cifar.Net().load_state_dict(state_dict)
-    evaluated = call("cifar", "--data-root", small_root, "--evaluate", "kept.pt")
+    (tmp_path / "model.json").write_text('{"name": "my own"}', encoding="utf-8")
+    path = tmp_path / "model.pt"
+    assert call(*arguments, "--model", path) == without
+    assert sorted(os.listdir(tmp_path)) == ["model.json", "model.pt"]
+    cifar.Net().load_state_dict(torch.load(path, weights_only=True))
+    evaluated = call("cifar", "--data-root", small_root, "--evaluate", path)
     assert evaluated.splitlines()[-2:] == without.splitlines()[-2:]
-    assert os.listdir(tmp_path) == ["kept.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["model.json", "model.pt"]
 
 
-@pytest.mark.parametrize("name", ["model", "model.json", "folder.pt", "none/model.pt"])
-def test_model_that_could_not_be_kept_is_refused_at_the_start(call, tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    Path("folder.pt").mkdir()
-    output = call("cifar", "--synthetic", "--model", name, code=2)
-    assert f"argument --model: {name} must end in .pt and be in an existing, writable" in output
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
-def test_model_in_a_folder_of_others_is_refused_at_the_start(call, tmp_path):
-    tmp_path.chmod(0o500)
-    output = call("cifar", "--synthetic", "--model", tmp_path / "model.pt", code=2)
-    assert "argument --model: " in output
-
-
+@needs_posix
 def test_link_to_a_model_is_followed(call, small_root, tmp_path):
     (tmp_path / "link.pt").symlink_to(tmp_path / "kept.pt")
     call("cifar", "--epochs", 1, "--data-root", small_root, "--model", tmp_path / "link.pt")
@@ -844,201 +552,182 @@ def test_link_to_a_model_is_followed(call, small_root, tmp_path):
     assert "argument --model: " in call("cifar", "--model", tmp_path / "link-to.json.pt", code=2)
 
 
-def test_model_of_a_federation_is_not_overwritten(start, tmp_path):
-    (tmp_path / "model.pt").write_bytes(b"weights")
-    (tmp_path / "model.json").write_bytes(of_rounds("generated images"))
-    script = start("cifar.py", "--synthetic", "--model", "model.pt")
-    assert script.end() == 1
-    assert script.output == (
-        "model.pt is a federation's model, with its history: pass a different --model.\n"
-    )
-    assert (tmp_path / "model.pt").read_bytes() == b"weights"
-
-
-def test_model_beside_other_json_is_written(call, small_root, tmp_path):
-    (tmp_path / "model.json").write_text('{"name": "my own"}', encoding="utf-8")
-    call("cifar", "--epochs", 1, "--data-root", small_root, "--model", tmp_path / "model.pt")
-    cifar.load_model(tmp_path / "model.pt")
-
-
-def evaluate(call, tmp_path, history, *arguments):
-    """Evaluate a model beside which this history is; return the lines before the result."""
-    torch.save(cifar.Net().state_dict(), tmp_path / "model.pt")
-    if history is not None:
-        (tmp_path / "model.json").write_bytes(history)
-    lines = call("cifar", "--evaluate", tmp_path / "model.pt", *arguments).splitlines()
-    assert lines[-3] == "Evaluate model"
-    assert lines[-2].startswith("Loss: ") and lines[-1].startswith("Accuracy: ")
-    return lines[:-3]
-
-
 def of_rounds(*data):
     return json.dumps([{"round": 1, "data": each} for each in data]).encode()
 
 
-@pytest.mark.parametrize(
-    "history, trained_on",
-    [
-        (of_rounds("generated images"), "generated images"),
-        (
-            of_rounds("CIFAR-10", "generated images in 2 parts, alpha none"),
-            "generated images in 2 parts, alpha none",
-        ),
-    ],
-)
-def test_model_of_other_images_is_evaluated_with_a_warning(
-    call, small_root, tmp_path, history, trained_on
-):
-    lines = evaluate(call, tmp_path, history, "--data-root", small_root)
-    warning = f"Warning: this model was trained on {trained_on!r}, not on CIFAR-10"
-    assert [line for line in lines if "Warning" in line] == [warning]
+def test_model_of_a_federation_is_not_overwritten(call, tmp_path):
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"weights")
+    path.with_suffix(".json").write_bytes(of_rounds("generated images"))
+    line = f"{path} is the model of a federated run: pass a different --model.\n"
+    assert call("cifar", "--synthetic", "--model", path, code=1) == line
+    assert path.read_bytes() == b"weights"
 
 
-def test_warning_names_generated_images_too(call, tmp_path):
-    lines = evaluate(call, tmp_path, of_rounds("CIFAR-10"), "--synthetic")
-    warning = "Warning: this model was trained on 'CIFAR-10', not on generated images"
-    assert [line for line in lines if "Warning" in line] == [warning]
-
-
-NO_WARNING = {
-    "no history": None,
-    "the same": of_rounds("generated images", "CIFAR-10"),
-    "the same in parts": of_rounds("CIFAR-10 in 2 parts, alpha 0.5"),
-    "both": of_rounds("CIFAR-10 / generated images"),
-    "nothing": b"",
-    "half": of_rounds("generated images")[:-5],
-    "no rounds": b"[]",
-    "no list": b'{"data": "generated images"}',
-    "a number": b"7",
-    "no data": b'[{"round": 1}]',
-    "unknown data": b'[{"data": null}]',
-    "no text": b"\xff\xfe\xfd",
+GENERATED = "generated images in 2 partitions (IID)"
+WARNING = "Warning: this model was trained on {!r}, not on {}"
+EVALUATED = {
+    "no history": (None, []),
+    "the same": (of_rounds("generated images", "CIFAR-10"), []),
+    "a partition": (of_rounds("CIFAR-10 in 2 partitions (alpha 0.5)"), []),
+    "both": (of_rounds("CIFAR-10 / generated images"), []),
+    "others": (of_rounds("generated images"), [WARNING.format("generated images", "CIFAR-10")]),
+    "last others": (of_rounds("CIFAR-10", GENERATED), [WARNING.format(GENERATED, "CIFAR-10")]),
+    "half": (of_rounds("generated images")[:-5], []),
+    "no list": (b'{"data": "generated images"}', []),
+    "no data": (b'[{"round": 1}]', []),
+    "unknown data": (b'[{"data": null}]', []),
+    "no text": (b"\xff\xfe\xfd", []),
 }
 
 
-@pytest.mark.parametrize("history", NO_WARNING)
-def test_no_warning_without_a_reason(call, small_root, tmp_path, history):
-    lines = evaluate(call, tmp_path, NO_WARNING[history], "--data-root", small_root)
-    assert not [line for line in lines if "Warning" in line]
+@pytest.mark.parametrize("name", EVALUATED)
+def test_model_of_other_images_is_evaluated_with_a_warning(call, small_root, tmp_path, name):
+    history, warnings = EVALUATED[name]
+    torch.save(cifar.Net().state_dict(), tmp_path / "model.pt")
+    if history is not None:
+        (tmp_path / "model.json").write_bytes(history)
+    output = call("cifar", "--evaluate", tmp_path / "model.pt", "--data-root", small_root)
+    lines = output.splitlines()
+    assert [line for line in lines if "Warning" in line] == warnings
+    assert lines[-3] == "Evaluate model"
+    assert lines[-2].startswith("Loss: ") and lines[-1].startswith("Accuracy: ")
 
 
-def test_one_thread_unless_the_user_sets_another_number(start):
-    for env, threads in (({}, 1), ({"OMP_NUM_THREADS": "2"}, min(2, os.cpu_count() or 1))):
-        script = start("cifar.py", "--help", COLUMNS="200", **env)
-        assert script.end() == 0
-        assert re.search(rf"--threads .*\(default: {threads}\)\n", script.output), script.output
+def test_generated_images_are_named_in_the_warning(call, tmp_path):
+    torch.save(cifar.Net().state_dict(), tmp_path / "model.pt")
+    (tmp_path / "model.json").write_bytes(of_rounds("CIFAR-10"))
+    output = call("cifar", "--evaluate", tmp_path / "model.pt", "--synthetic")
+    assert WARNING.format("CIFAR-10", "generated images") in output.splitlines()
 
 
-def test_help_shows_every_default(call):
-    expected = {
-        "cifar": {"epochs": 2, "batch-size": 32, "lr": 0.001, "data-root": "~/data/cifar-10"}
-        | {"synthetic": None, "seed": None, "threads": 1, "model": None, "evaluate": None},
-        "server": {"server-address": "127.0.0.1:8080", "rounds": 3, "min-clients": 2}
-        | {"local-epochs": 1, "lr": 0.001, "round-timeout": None, "model": "global_model.pt"}
-        | {"resume": None, "seed": None, "ssl-certfile": None, "ssl-keyfile": None}
-        | {"ssl-ca-certfile": None},
-        "client": {"server-address": "127.0.0.1:8080", "wait": 60, "batch-size": 32}
-        | {"data-root": "~/data/cifar-10", "synthetic": None, "partition-id": 0}
-        | {"num-partitions": 1, "alpha": None, "seed": None, "threads": 1}
-        | {"root-certificates": None},
-    }
-    for name, defaults in expected.items():
-        flags = {}
-        for entry in call(name, "--help").split("\n  --")[1:]:
-            flag, _, text = entry.partition(" ")
-            shown = re.search(r"\(default: (.*)\)", " ".join(text.split()))
-            flags[flag] = shown and shown[1]
-        assert flags == {k: None if v is None else str(v) for k, v in defaults.items()}
+# The flags of the three scripts.
+
+FLAGS = {
+    "cifar": {"epochs": 2, "batch-size": 32, "lr": 0.001, "data-root": "~/data/cifar-10"}
+    | {"synthetic": None, "seed": None, "threads": 1, "model": None, "evaluate": None},
+    "server": {"server-address": "127.0.0.1:8080", "rounds": 3, "min-clients": 2}
+    | {"local-epochs": 1, "lr": 0.001, "round-timeout": None, "model": "global_model.pt"}
+    | {"resume": None, "seed": None, "ssl-certfile": None, "ssl-keyfile": None}
+    | {"ssl-ca-certfile": None},
+    "client": {"server-address": "127.0.0.1:8080", "wait": 60, "batch-size": 32}
+    | {"data-root": "~/data/cifar-10", "synthetic": None, "partition-id": 0}
+    | {"num-partitions": 1, "alpha": None, "seed": None, "threads": 1}
+    | {"root-certificates": None},
+}
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_help_shows_every_flag_with_its_default(call, monkeypatch, script):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    flags = {}
+    for entry in call(script, "--help").split("\n  --")[1:]:
+        flag, _, text = entry.partition(" ")
+        shown = re.search(r"\(default: (.*)\)", " ".join(text.split()))
+        flags[flag] = shown and shown[1]
+    assert flags == {k: None if v is None else str(v) for k, v in FLAGS[script].items()}
+
+
+def test_threads_are_as_many_as_omp_num_threads_says(start):
+    threads = min(2, os.cpu_count() or 1)
+    script = start("cifar.py", "--help", COLUMNS="200", OMP_NUM_THREADS="2")
+    assert script.end() == 0
+    assert re.search(rf"--threads .*\(default: {threads}\)\n", script.output), script.output
+
+
+MODEL = "argument --model: {} must end in .pt and be in an existing, writable directory"
+WRONG_FLAGS = {
+    ("cifar", "--epochs", "0"): "argument --epochs: 0 is not between 1 and",
+    ("cifar", "--epochs", "x"): "argument --epochs: invalid",
+    ("cifar", "--epochs", "2.5"): "argument --epochs: invalid",
+    ("cifar", "--lr", "0"): "argument --lr: 0 is not between",
+    ("cifar", "--lr", "nan"): "argument --lr: nan is not between",
+    ("cifar", "--model", "model"): MODEL.format("model"),
+    ("cifar", "--model", "model.json"): MODEL.format("model.json"),
+    ("cifar", "--model", "folder.pt"): MODEL.format("folder.pt"),
+    ("server", "--server-address", "8080"): "argument --server-address: '8080' is not HOST",
+    ("server", "--rounds", "0"): "argument --rounds: 0 is not between",
+    ("server", "--round-timeout", "-1"): "argument --round-timeout: -1 is not between",
+    ("server", "--lr", "0"): "argument --lr: 0 is not between",
+    ("server", "--model", "no/where.pt"): MODEL.format("no/where.pt"),
+    ("client", "--alpha", "0"): "argument --alpha: 0 is not between",
+    ("client", "--root-certificates", "no"): "--root-certificates: no: No such file or directory",
+    ("client", "--lr", "1"): "unrecognized arguments: --lr 1",
+}
+
+
+@pytest.mark.parametrize("command", WRONG_FLAGS)
+def test_wrong_flag_is_an_error_of_argparse(call, monkeypatch, tmp_path, command):
+    monkeypatch.chdir(tmp_path)
+    Path("folder.pt").mkdir()
+    assert WRONG_FLAGS[command] in call(*command, code=2)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "host", ":80", "h:0", "h:65536", "http://h:80", "x:y", "h:-1", "h:80/x"]
+)
+def test_what_is_no_address_is_an_error(call, text):
+    message = f"argument --server-address: {text!r} is not HOST:PORT"
+    assert message in call("client", f"--server-address={text}", code=2)
+
+
+def test_addresses_are_accepted():
+    for text in ("localhost:1", "[::1]:65535", "a-b.example:8080", "192.0.2.1:80"):
+        assert cifar.address(text) == text
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="this user may write everywhere"
+)
+def test_model_in_a_folder_of_others_is_an_error(call, tmp_path):
+    tmp_path.chmod(0o500)
+    output = call("cifar", "--synthetic", "--model", tmp_path / "model.pt", code=2)
+    assert "argument --model: " in output
 
 
 # How a script ends.
 
-
-@pytest.fixture
-def run_main(tmp_path):
-    """Run lines of Python as the scripts run their main(); return the exit code and what it printed."""
-
-    def run(lines, *, stdout=subprocess.PIPE, shell='exec "$@"', **env):
-        body = textwrap.indent(textwrap.dedent(lines), "    ")
-        (tmp_path / "program.py").write_text(
-            f"import sys, threading\nsys.path.insert(0, {str(ROOT)!r})\nimport cifar\n"
-            f"def main():\n{body}\ncifar.run_main(main)\n",
-            encoding="utf-8",
-        )
-        process = subprocess.run(
-            ["bash", "-c", shell, "bash", sys.executable, tmp_path / "program.py"],
-            stdout=stdout,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            timeout=60,
-            check=False,
-            env={k: v for k, v in os.environ.items() if k not in UNSET} | env,
-        )
-        return process.returncode, process.stdout, process.stderr
-
-    return run
+AT_EXIT = "import atexit\natexit.register(print, 'cleaned up')\n"
 
 
-AT_EXIT = "import atexit\natexit.register(print, 'cleaned up')\nprint('begun')\n"
-CLEAN = "begun\ncleaned up\n"
+def test_error_for_the_user_is_one_line_on_any_terminal(start, program):
+    path = program(
+        f"{AT_EXIT}def main():\n"
+        r"    print('\u6570')" + "\n    raise cifar.UserError('Put it there.')\n"
+        "cifar.run_main(main)\n"
+    )
+    script = start(path, PYTHONIOENCODING="ascii")
+    assert script.end() == 1
+    assert script.output == "\\u6570\nPut it there.\ncleaned up\n"
 
 
-def test_script_ends_like_any_other(run_main):
-    assert run_main(AT_EXIT) == (0, CLEAN, "")
-
-
-def test_error_for_the_user_is_one_line(run_main):
-    ended = run_main(AT_EXIT + "raise cifar.UserError('Put it there.')")
-    assert ended == (1, CLEAN, "Put it there.\n")
-
-
-@pytest.mark.parametrize("error", ["ValueError('a defect')", "FileNotFoundError('a defect')"])
-def test_defect_is_a_traceback(run_main, error):
-    code, out, err = run_main(AT_EXIT + f"raise {error}")
-    assert (code, out) == (1, CLEAN)
-    assert err.startswith("Traceback (most recent call last):\n")
-    assert err.endswith(f"\n{error.partition('(')[0]}: a defect\n")
-
-
-def test_exit_code_is_argparses_or_flowers(run_main):
-    assert run_main(AT_EXIT + "sys.exit(3)") == (3, CLEAN, "")
-    assert run_main(AT_EXIT + "sys.exit('Port in use.')") == (1, CLEAN, "Port in use.\n")
-
-
-def test_nobody_reads_what_is_printed(run_main):
-    reader, writer = os.pipe()
-    os.close(reader)
-    with open(writer, "wb") as pipe:
-        ended = run_main("while True:\n    print('line')", stdout=pipe)
-    assert ended == (1, None, "Cannot print: Broken pipe.\n")
+def test_bug_is_a_traceback(start, program):
+    script = start(program(f"{AT_EXIT}cifar.run_main(lambda: open('a bug'))\n"))
+    assert script.end() == 1
+    assert script.output.startswith("Traceback (most recent call last):\n")
+    assert "\nFileNotFoundError: " in script.output and script.output.endswith("cleaned up\n")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_disk_where_the_output_goes_is_full(run_main):
+def test_disk_where_the_output_goes_is_full(program):
+    command = [sys.executable, program("cifar.run_main(lambda: print('line'))\n")]
     with open("/dev/full", "wb") as full:
-        ended = run_main("print('line')", stdout=full)
-    assert ended == (1, None, "Cannot print: No space left on device.\n")
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr == b"Cannot print: No space left on device.\n"
 
 
-def test_output_may_be_closed(run_main):
-    assert run_main("print('line')", shell='exec "$@" >&-') == (0, "", "")
+def test_output_may_be_closed(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    cifar.run_main(lambda: print("line"))
 
 
-def test_terminal_without_the_letters_gets_them_escaped(run_main):
-    lines = r"print('\u6570\u636e')"
-    assert run_main(lines, PYTHONIOENCODING="ascii") == (0, "\\u6570\\u636e\n", "")
-
-
-def test_lines_arrive_at_once_and_interrupt_ends_it(start, tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(
-        f"import sys, threading\nsys.path.insert(0, {str(ROOT)!r})\nimport cifar\n"
-        "import atexit\natexit.register(print, 'cleaned up')\n"
-        "cifar.run_main(lambda: (print('begun'), threading.Event().wait()))\n",
-        encoding="utf-8",
-    )
-    script = start(program)
+@needs_posix
+def test_lines_arrive_at_once_and_interrupt_ends_it(start, program):
+    forever = "cifar.run_main(lambda: (print('begun'), threading.Event().wait()))\n"
+    script = start(program(f"{AT_EXIT}import threading\n{forever}"))
     script.until("begun\n")
     script.process.send_signal(signal.SIGINT)
     assert script.end() == 130
-    assert script.output == CLEAN
+    assert script.output == "begun\ncleaned up\n"

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,28 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT, block, free_ports, history, readme
+from PIL import Image
 
 import cifar
 
-README = (ROOT / "README.md").read_text()
-
-
-def block(language: str, text: str) -> str:
-    """Return the README's code block in that language that holds the text."""
-    blocks = re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    (found,) = [content for content in blocks if text in content]
-    return found
-
-
-def free_ports(count: int) -> list[str]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [str(each.getsockname()[1]) for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+README = readme()
+SCRIPTS = ("cifar.py", "client.py", "server.py")
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="bash, signals and 127.0.0.2")
 
 
 @pytest.mark.parametrize("script", ["cifar", "server", "client"])
@@ -56,8 +41,27 @@ def test_chinese_section_gives_the_same_commands():
     }
     commands = [line for text in fences.findall(chinese) for line in text.splitlines()]
     assert len(commands) >= 8 and set(commands) <= known
-    assert len(chinese.splitlines()) <= 40
+    assert len(chinese.splitlines()) <= 60
     assert "(#中文)" in "".join(english.splitlines(keepends=True)[:10])
+
+
+# Pictures.
+
+
+def test_python_snippets_draw_a_history_and_predictions(tmp_path, start):
+    shutil.copy(ROOT / "cifar.py", tmp_path)
+    (tmp_path / "global_model.pt").write_bytes(cifar.to_bytes(cifar.Net()))
+    records = [{"round": 1, "accuracy": 0.1}, {"round": 2, "accuracy": 0.3}]
+    (tmp_path / "global_model.json").write_text(json.dumps(records), encoding="utf-8")
+    program = tmp_path / "program.py"
+    for picture in ("accuracy.png", "predictions.png"):
+        text = block("python", picture).replace("synthetic=False", "synthetic=True")
+        program.write_text(text, encoding="utf-8")
+        script = start(program, MPLBACKEND="Agg")
+        assert script.end() == 0, script.output
+        with Image.open(tmp_path / picture) as image:
+            colors = image.convert("RGB").getcolors(1_000_000)
+        assert len(colors or []) > 20
 
 
 # TLS.
@@ -73,6 +77,7 @@ def tls(tmp_path):
     return tmp_path / "federation-tls"
 
 
+@on_linux
 def test_tls_lets_in_who_trusts_the_authority_and_tells_the_others_why(
     start, address, small_cifar, tls, tmp_path
 ):
@@ -88,13 +93,11 @@ def test_tls_lets_in_who_trusts_the_authority_and_tells_the_others_why(
     )
     arguments = ["client.py", "--server-address", address, "--wait", 2]
     plain = start(*arguments, cifar=small_cifar)
-    named = [
-        "client.py",
-        "--server-address",
-        address.replace("127.0.0.1", "127.0.0.2"),
-        *arguments[3:],
-    ]
-    elsewhere = start(*named, "--root-certificates", tls / "ca.pem", cifar=small_cifar)
+    elsewhere = start(
+        *["client.py", "--server-address", address.replace("127.0.0.1", "127.0.0.2"), "--wait", 2],
+        *["--root-certificates", tls / "ca.pem"],
+        cifar=small_cifar,
+    )
     other = start(*arguments, "--root-certificates", tls / "other.pem", cifar=small_cifar)
     for client, reason in (
         (plain, "if it uses TLS, add --root-certificates"),
@@ -109,6 +112,7 @@ def test_tls_lets_in_who_trusts_the_authority_and_tells_the_others_why(
     assert server.end() == 0, server.output
 
 
+@on_linux
 def test_client_with_tls_is_told_that_the_server_has_none(start, address, small_cifar, tls):
     headings = re.findall("^## (.*)", README, re.MULTILINE)
     host = address.replace("127.0.0.1", "0.0.0.0")
@@ -125,20 +129,23 @@ def test_client_with_tls_is_told_that_the_server_has_none(start, address, small_
 # Flower's engine, and the example.
 
 
+@on_linux
 def test_flowers_engine_runs_the_same_server_and_clients(tmp_path):
     """Make the folder and run the commands that the README shows, on ports that are free."""
     app, home = tmp_path / "app", tmp_path / "home"
     app.mkdir()
     home.mkdir()
-    for name in ("cifar.py", "client.py", "server.py"):
+    for name in SCRIPTS:
         shutil.copy(ROOT / name, app)
     ports = dict(zip(["8000", "9094", "9095"], free_ports(3)))
 
     def with_ports(text: str) -> str:
         return re.sub("8000|9094|9095", lambda match: ports[match[0]], text)
 
-    (app / "pyproject.toml").write_text(block("toml", "[tool.flwr.app.components]"))
-    (home / "config.toml").write_text(with_ports(block("toml", "[superlink.local]")))
+    project = block("toml", "[tool.flwr.app.components]")
+    (app / "pyproject.toml").write_text(project, encoding="utf-8")
+    config = with_ports(block("toml", "[superlink.local]"))
+    (home / "config.toml").write_text(config, encoding="utf-8")
     env = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -155,7 +162,7 @@ def test_flowers_engine_runs_the_same_server_and_clients(tmp_path):
             ["bash", "-c", f"exec {command}"],
             cwd=app,
             env=env,
-            text=True,
+            encoding="utf-8",
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -185,48 +192,95 @@ def test_flowers_engine_runs_the_same_server_and_clients(tmp_path):
             os.killpg(process.pid, signal.SIGTERM)
         for process in started:
             process.wait(30)
-    history = json.loads((app / "global_model.json").read_text())
-    assert [(record["round"], record["clients"]) for record in history] == [(1, 2)]
+    records = history(app / "global_model.pt")
+    assert [(record["round"], record["clients"]) for record in records] == [(1, 2)]
     assert (app / "global_model.pt").exists()
 
 
 # The examples.
 
 
-def apply(folder: Path, *texts: str) -> None:
-    """Copy the scripts into the folder, and apply the README's diffs with these texts."""
-    for name in ("cifar.py", "client.py", "server.py"):
+# The diffs of the section "Customize", by the names of their examples.
+EXAMPLES = {
+    name: re.search("^```diff\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[1]  # type: ignore[index]
+    for name, text in re.findall(
+        "^<details><summary><b>(.*?)</b>(.*?)^</details>",
+        README.partition("\n## Customize\n")[2].partition("\n## ")[0],
+        re.MULTILINE | re.DOTALL,
+    )
+}
+
+
+def apply(folder: Path, *examples: str) -> None:
+    """Copy the scripts into the folder, and apply the README's diffs with these names."""
+    for name in SCRIPTS:
         shutil.copy(ROOT / name, folder)
-    for text in texts:
-        (folder / "example.diff").write_text(block("diff", text))
+    for example in examples:
+        (folder / "example.diff").write_text(EXAMPLES[example], encoding="utf-8", newline="\n")
         subprocess.run(["git", "apply", "example.diff"], cwd=folder, check=True)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_needs_no_other_is_formatted_and_can_be_undone(tmp_path, name):
+    apply(tmp_path, name)
+    shutil.copy(ROOT / ".ruff.toml", tmp_path)
+    for command in (["check"], ["format", "--check"]):
+        subprocess.run([sys.executable, "-m", "ruff", *command, "."], cwd=tmp_path, check=True)
+    files = set(re.findall(r"^\+\+\+ b/(.*)", EXAMPLES[name], re.MULTILINE))
+    originals = {script: (ROOT / script).read_bytes() for script in SCRIPTS}
+    for script, original in originals.items():
+        assert ((tmp_path / script).read_bytes() != original) == (script in files)
+    subprocess.run(["git", "apply", "-R", "example.diff"], cwd=tmp_path, check=True)
+    assert {script: (tmp_path / script).read_bytes() for script in SCRIPTS} == originals
+
+
+def test_incomplete_example_is_a_corrupt_patch(tmp_path):
+    """An empty line at the end would get lost in copying; without the last newline, git complains."""
+    assert len(EXAMPLES) >= 13 and not any(text.endswith("\n\n") for text in EXAMPLES.values())
+    apply(tmp_path)
+    (tmp_path / "example.diff").write_bytes(EXAMPLES["MNIST"].rstrip("\n").encode())
+    command = ["git", "apply", "example.diff"]
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, encoding="utf-8")
+    assert "corrupt patch" in error.value.stderr
+
+
+def synthetic(count: int, num_partitions: int) -> list[list]:
+    """Return the arguments of clients with the first of these partitions of generated images."""
+    arguments = ["--synthetic", "--num-partitions", num_partitions, "--partition-id"]
+    return [[*arguments, partition_id] for partition_id in range(count)]
 
 
 @pytest.fixture
 def federate(tmp_path, address, start):
-    """Run a federation of the scripts in the folder; return its history and a client's output."""
+    """Run the scripts in the folder, one client for each list of arguments.
 
-    def run(rounds: int, client: list, *server: object) -> tuple[list[dict], str]:
-        arguments = ["--server-address", address]
-        serving = start(
-            tmp_path / "server.py", *arguments, "--rounds", rounds, "--seed", 1, *server
-        )
-        clients = [
-            start(tmp_path / "client.py", *arguments, "--seed", seed, *client) for seed in (1, 2)
+    Returns the history, and what the server and each client printed.
+    """
+
+    def run(
+        rounds: int, clients: list[list], *server: object, trained: int = 2
+    ) -> tuple[list[dict], str, list[str]]:
+        arguments = ["--server-address", address, "--seed"]
+        number = ["--rounds", rounds, "--min-clients", len(clients)]
+        serving = start(tmp_path / "server.py", *arguments, 1, *number, *server)
+        running = [
+            start(tmp_path / "client.py", *arguments, seed, *client)
+            for seed, client in enumerate(clients, 1)
         ]
         assert serving.end() == 0, serving.output
-        assert [each.end() for each in clients] == [0, 0], clients[0].output
+        assert [each.end() for each in running] == [0] * len(clients), running[0].output
         assert "rejected" not in serving.output
-        records = json.loads((tmp_path / "global_model.json").read_text())
-        assert [record["clients"] for record in records] == [2] * rounds
-        return records, clients[0].output
+        records = history(tmp_path / "global_model.pt")
+        assert [record["clients"] for record in records] == [trained] * rounds
+        return records, serving.output, [each.output for each in running]
 
     return run
 
 
-def evaluated(start, tmp_path, *arguments) -> float:
-    """Return the accuracy that cifar.py finds for the model that was kept."""
-    script = start(tmp_path / "cifar.py", *arguments, "--evaluate", "global_model.pt")
+def evaluated(start, tmp_path, *arguments, model: str = "global_model.pt") -> float:
+    """Return the accuracy that cifar.py finds for a saved model."""
+    script = start(tmp_path / "cifar.py", *arguments, "--evaluate", model)
     assert script.end() == 0, script.output
     assert "Warning" not in script.output
     return float(script.output.rpartition("Accuracy: ")[2])
@@ -237,26 +291,44 @@ def evaluated(start, tmp_path, *arguments) -> float:
     [
         (2, ["FedAvgM"]),
         (1, ["FedAdam"]),
-        (1, ["DifferentialPrivacy"]),
-        (2, ["BatchNorm2d", "FedProx"]),
+        (1, ["Differential privacy"]),
+        (2, ["Batch normalization", "FedProx"]),
+        (1, ["Group normalization", "Evaluation at the server"]),
     ],
 )
 def test_model_that_is_kept_is_the_one_that_was_tested(start, tmp_path, federate, rounds, examples):
     apply(tmp_path, *examples)
-    records, _ = federate(rounds, ["--synthetic"])
+    records, server, _ = federate(rounds, synthetic(2, 2))
+    last = records[-1]
     accuracy = evaluated(start, tmp_path, "--synthetic")
-    assert records[-1]["accuracy"] == pytest.approx(accuracy, abs=1e-9)
+    assert last["accuracy"] == pytest.approx(accuracy, abs=1e-9)
     state_dict = torch.load(tmp_path / "global_model.pt")
     counts = [value for name, value in state_dict.items() if name.endswith("num_batches_tracked")]
-    assert len(counts) == (2 if "BatchNorm2d" in examples else 0)
+    assert len(counts) == (2 if "Batch normalization" in examples else 0)
     for count in counts:
-        assert count.dtype == torch.int64 and count == rounds * 313
+        assert count.dtype == torch.int64 and count == 0  # not exchanged
+    if examples[-1].startswith("Fed"):
+        assert last["strategy"] == examples[-1]
+    if "FedProx" in examples:
+        assert last["config"]["proximal_mu"] == 0.1
     if "FedAdam" in examples:
         # Adam's first step is equally long for every weight, which FedAvg's never is.
         torch.manual_seed(1)
         steps = (state_dict["fc3.bias"] - cifar.Net().state_dict()["fc3.bias"]).abs()
         torch.testing.assert_close(steps, steps.mean().expand(10), rtol=0.01, atol=0)
         assert 0.01 < steps.mean() <= 0.02
+    if "Group normalization" in examples:
+        assert state_dict["norm2.weight"].shape == (16,)
+    if "Evaluation at the server" in examples:
+        # The two clients' test images are all of the server's.
+        assert last["centralized"] == {
+            "loss": pytest.approx(last["loss"], rel=1e-5),
+            "accuracy": pytest.approx(accuracy, abs=1e-9),
+        }
+        assert 'Initial model: centralized {"loss": 2.30' in server
+        assert f"Round 1/1: centralized {json.dumps(last['centralized'])}" in server
+    else:
+        assert last["centralized"] == {}
 
 
 def test_proximal_term_holds_the_weights_back(tmp_path, start):
@@ -265,13 +337,15 @@ def test_proximal_term_holds_the_weights_back(tmp_path, start):
     program = tmp_path / "distance.py"
     program.write_text(
         "import cifar, torch\n"
+        "torch.set_num_threads(1)\n"
         "def distance(mu):\n"
         "    torch.manual_seed(1)\n"
         "    net, loader = cifar.Net(), cifar.load_data(synthetic=True, num_partitions=9)[0]\n"
         "    first = net.fc1.weight.detach().clone()\n"
         "    cifar.train(net, loader, 3, torch.device('cpu'), 0.02, proximal_mu=mu)\n"
         "    return (net.fc1.weight - first).norm().item()\n"
-        "print('distances', distance(0.0), distance(1.0))\n"
+        "print('distances', distance(0.0), distance(1.0))\n",
+        encoding="utf-8",
     )
     script = start(program)
     assert script.end() == 0, script.output
@@ -297,15 +371,92 @@ def test_other_data_set_of_other_size_and_color(tmp_path, federate, start):
     training = ["--lr", 0.05, "--local-epochs", 2]
     data = ["--data-root", tmp_path / "data"]
     apply(tmp_path, "MNIST")
-    records, output = federate(2, data, *training)
+    records, _, (output, _) = federate(2, [data, data], *training)
     assert records[-1]["accuracy"] > 0.5 and records[-1]["data"] == "MNIST"
     assert "MNIST, partition 0 of 1: 2000 training / 500 test images" in output
     assert evaluated(start, tmp_path, *data) == pytest.approx(records[-1]["accuracy"], abs=1e-9)
     assert torch.load(tmp_path / "global_model.pt")["conv1.weight"].shape == (6, 1, 5, 5)
+    script = start(tmp_path / "cifar.py", "--synthetic", "--epochs", 1, "--lr", 0.02)
+    assert script.end() == 0, script.output
+    assert float(script.output.rpartition("Accuracy: ")[2]) > 0.5
+
+
+def draw(folder: Path, seed: int) -> None:
+    """Make 60 images in three subfolders: a dark bar whose place is the class, of any size."""
+    random = np.random.RandomState(seed)
+    for place, name in enumerate(("left", "middle", "right")):
+        (folder / name).mkdir(parents=True)
+        for number in range(20):
+            width, height = random.randint(50, 200, size=2)
+            image = random.randint(130, 256, size=(height, width, 3), dtype=np.uint8)
+            image[:, (4 * place + 1) * width // 12 : (4 * place + 3) * width // 12] -= 120
+            picture = Image.fromarray(image).convert("L" if number % 2 else "RGB")
+            picture.save(folder / name / f"{number}.{'png' if number % 3 else 'jpg'}")
+
+
+def test_folders_of_images_that_differ_from_machine_to_machine(tmp_path, federate, start):
+    apply(tmp_path, "Folders of images")
+    machines = [tmp_path / "laptop", tmp_path / "desktop"]
+    for seed, machine in enumerate(machines):
+        draw(machine, seed)
+    clients = [["--data-root", machine] for machine in machines]
+    records, _, outputs = federate(2, clients, "--local-epochs", 15, "--lr", 0.02)
+    assert records[-1]["accuracy"] > 0.6 and records[-1]["data"] == "my images"
+    for output in outputs:
+        assert "my images, partition 0 of 1: 48 training / 12 test images" in output
+        assert "Training images per class: 16 16 16\n" in output
+    accuracy = evaluated(start, tmp_path, *clients[0])
+    assert outputs[0].rpartition(", accuracy ")[2].startswith(f"{accuracy:.4f}\n")
+    (tmp_path / "desktop" / "left" / "0.jpg").write_bytes(b"no image")
+    for script, folder in (("client.py", "missing"), ("cifar.py", "desktop")):
+        failing = start(tmp_path / script, "--data-root", tmp_path / folder)
+        assert failing.end() == 1 and "Traceback" not in failing.output
+        line = failing.output.splitlines()[-1]
+        assert line.startswith("Cannot read my images: ") and folder in line
+        assert line.endswith(" Check --data-root.")
+
+
+def test_sampled_clients_and_a_schedule_that_continues_after_a_resume(tmp_path, federate):
+    apply(tmp_path, "Client sampling", "Learning-rate schedule")
+    records, server, outputs = federate(2, synthetic(3, 10), trained=1)
+    assert "Round 2/2: training on 1 of 3 clients\n" in server
+    assert sum(output.count("Training 1 epoch(s)") for output in outputs) == 2
+    assert [output.count("Evaluated the new global model") for output in outputs] == [2, 2, 2]
+    resumed, _, _ = federate(3, synthetic(2, 10), "--resume", trained=1)
+    assert resumed[:2] == records
+    rates = [record["config"]["lr"] for record in resumed]
+    assert rates == pytest.approx([0.001, 0.0009, 0.00081])
+
+
+def test_training_loss_and_batch_normalization_that_stays_at_the_clients(tmp_path, federate, start):
+    apply(tmp_path, "Training loss", "FedBN")
+    records, server, outputs = federate(1, [["--synthetic"], ["--synthetic"]])
+    means = []
+    for output in outputs:
+        printed = re.findall(r"\[1, +(\d+)\] loss: (.*)", output)
+        sizes = np.diff([0, *(int(step) for step, _ in printed)])
+        means.append(np.average([float(loss) for _, loss in printed], weights=sizes))
+    assert records[0]["fit_metrics"] == {"train_loss": pytest.approx(np.mean(means), abs=0.0006)}
+    assert f"Round 1/1: fit_metrics {json.dumps(records[0]['fit_metrics'])}" in server
+
+    names = [re.search("Client (.*)", output)[1] for output in outputs]  # type: ignore[index]
+    first, second = (torch.load(tmp_path / f"{name}.pt") for name in names)
+    for name, value in torch.load(tmp_path / "global_model.pt").items():
+        if name.startswith("norm"):
+            kind = name.rpartition(".")[2]
+            assert torch.all(value == (1 if kind in ("weight", "running_var") else 0))
+            assert (kind == "num_batches_tracked") == torch.equal(first[name], second[name])
+        else:
+            assert torch.equal(first[name], value) and torch.equal(second[name], value)
+    assert first["norm1.num_batches_tracked"] == 313
+    accuracy = evaluated(start, tmp_path, "--synthetic", model=f"{names[0]}.pt")
+    assert outputs[0].rpartition(", accuracy ")[2].startswith(f"{accuracy:.4f}\n")
+    server = start(tmp_path / "server.py", "--resume", "--rounds", 1)
+    assert server.end() == 0 and "All 1 rounds are done" in server.output
 
 
 def test_both_sides_name_what_differs_between_their_networks(tmp_path, address, start, small_cifar):
-    apply(tmp_path, "BatchNorm2d")
+    apply(tmp_path, "Batch normalization")
     server = start("server.py", "--server-address", address, "--rounds", 1)
     good = start("client.py", "--server-address", address, "--synthetic")
     other = start(tmp_path / "client.py", "--server-address", address, "--synthetic")
