@@ -510,8 +510,10 @@ def draw_curves(repetitions: int) -> None:
     print("|---" * (len(rounds) + 1) + "|")
     for label, curve in curves.items():
         print(f"| {label} | {' | '.join(f'{curve[i - 1]:.3f}' for i in rounds)} |")
-    draw(curves, "accuracy.svg", "default")
-    draw(curves, "accuracy-dark.svg", "dark_background")
+    light = ["#0072b2", "#d55e00", "#009e73", "#aa4499", "#555555", "#b8860b"]
+    dark = ["#6cb6ff", "#ff9a57", "#3ddbb0", "#f2a0d0", "#c9d1d9", "#f2d14b"]
+    draw(curves, "accuracy.svg", "default", light)
+    draw(curves, "accuracy-dark.svg", "dark_background", dark)
 
 
 def run_or_read(model: Path, seed: int, clients: int, flags: list) -> list[float]:
@@ -531,20 +533,21 @@ def run_or_read(model: Path, seed: int, clients: int, flags: list) -> list[float
     return [record["accuracy"] for record in json.loads(history.read_bytes())]
 
 
-def draw(curves: dict[str, list[float]], name: str, style: str) -> None:
+def draw(curves: dict[str, list[float]], name: str, style: str, colors: list[str]) -> None:
     """Draw accuracy over rounds as an SVG for GitHub's light or dark background."""
     import matplotlib.pyplot as plt
 
     # Text stays text, and the file is the same each time.
     settings = {"svg.fonttype": "none", "svg.hashsalt": "curves", "font.size": 12}
-    markers = ["--", "-", "-", "-", "-", "-."]
-    with plt.style.context([style, "tableau-colorblind10", settings]):
+    lines = ["--", "-", "-", "-", "-", "-."]
+    with plt.style.context([style, settings]):
         figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
-        for (label, accuracies), marker in zip(curves.items(), markers, strict=True):
-            axes.plot(range(1, len(accuracies) + 1), accuracies, marker, label=label, linewidth=2)
+        for (label, curve), color, line in zip(curves.items(), colors, lines, strict=True):
+            rounds = range(1, len(curve) + 1)
+            axes.plot(rounds, curve, line, color=color, label=label, linewidth=2.5)
         axes.set(xlabel="round", ylabel="accuracy on 10,000 test images")
         axes.set(xlim=(0, ROUNDS), ylim=(0, 0.7))
-        axes.grid(alpha=0.3)
+        axes.grid(alpha=0.15)
         axes.legend(loc="lower right", frameon=False)
         path = ROOT / ".github" / name
         figure.savefig(path, transparent=True, metadata={"Date": None})
