@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -55,14 +56,21 @@ def program(tmp_path):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Call a script in this process: call("server", "--help"); return what its user sees."""
+    """Call a script in this process: call("server", "--help"); return what its user sees.
 
-    def call_script(module: str, *arguments: object, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", [f"{module}.py", *map(str, arguments)])
+    With a path, call a changed cifar.py.
+    """
+
+    def call_script(script: str | Path, *arguments: object, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
         capsys.readouterr()
         ended: object = 0
         try:
-            cifar.run_main(importlib.import_module(module).main)
+            if isinstance(script, Path):
+                changed = runpy.run_path(str(script))
+                changed["run_main"](changed["main"])
+            else:
+                cifar.run_main(importlib.import_module(script).main)
         except SystemExit as stop:
             ended = stop.code
         printed = capsys.readouterr()

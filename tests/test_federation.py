@@ -17,7 +17,7 @@ import pytest
 from flwr.common import Code, EvaluateRes, FitRes, GetPropertiesRes, Status, serde
 from flwr.proto.transport_pb2 import ClientMessage
 from flwr.proto.transport_pb2_grpc import FlowerServiceStub
-from helpers import ROOT, history
+from helpers import ROOT, free_address, history
 
 import cifar
 
@@ -110,17 +110,23 @@ def test_federation_learns(start, start_server, address, tmp_path, call):
     assert accuracy == pytest.approx(accuracies[2], abs=1e-9)
 
 
-def test_seeds_make_a_run_repeatable(start_server, start_client, tmp_path):
-    models = []
-    for run, seeds in enumerate([(1, 2), (2, 1)]):
-        server = start_server("--seed", 5, "--model", f"{run}.pt", "--rounds", 1)
+def test_seeds_make_a_run_repeatable(start, small_cifar, tmp_path):
+    """Two runs side by side, whose clients join in another order."""
+    scripts = []
+    runs = [(free_address(), "a.pt", (1, 2)), (free_address(), "b.pt", (2, 1))]
+    for address, model, _ in runs:
+        flags = ["--server-address", address, "--model", model]
+        scripts.append(start("server.py", *flags, "--seed", 5, "--rounds", 1))
+    for i in (0, 1):  # the second starts when the first has joined
         clients = []
-        for seed in seeds:  # in this order: the second starts when the first has joined
-            clients.append(start_client("--seed", seed))
-            clients[-1].until("Connected to the server")
-        assert_done(server, *clients)
-        models.append((tmp_path / f"{run}.pt").read_bytes())
-    assert models[0] == models[1]
+        for address, _, seeds in runs:
+            flags = ["--server-address", address, "--seed", seeds[i]]
+            clients.append(start("client.py", *flags, cifar=small_cifar))
+        for client in clients:
+            client.until("Connected to the server")
+        scripts += clients
+    assert_done(*scripts)
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
 
 
 # Runs a script as `python script.py ...` does, and prints who is told about it, and when it ends.
