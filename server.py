@@ -135,8 +135,8 @@ class CifarServer(fl.server.Server):
         results, failures = fit_clients(to_train, self.max_workers, timeout, server_round)
 
         # Reject updates that cannot be aggregated, or would swamp the others.
-        weights = fl.common.parameters_to_ndarrays(self.parameters)
-        self.limit = 1000 * max(1, *map(cifar.largest, weights))
+        largest = map(cifar.largest, fl.common.parameters_to_ndarrays(self.parameters))
+        self.limit = 1000 * max(1, *largest)
         updates, failures = self.check_results(to_train, results, failures, start, timeout)
         data = self.compare_data(updates)
 
