@@ -154,16 +154,16 @@ class CifarServer(fl.server.Server):
 
         # Evaluate the aggregate: at the server if the strategy does, and on the clients.
         try:
-            parameters = self.check_aggregate(aggregate)
-            centralized = self.evaluate_centralized(server_round, parameters)
-            loss, metrics = self.evaluate(server_round, parameters, timeout)
+            aggregate = self.check_aggregate(aggregate)
+            centralized = self.evaluate_centralized(server_round, aggregate)
+            loss, metrics = self.evaluate(server_round, aggregate, timeout)
         except UserError:
             self.start_strategy()  # its momentum, say, may include the bad aggregate
             self.strategy.initialize_parameters(self.client_manager())
             raise
 
         # From now on, the aggregate is the global model.
-        self.parameters = parameters
+        self.parameters = aggregate
         return {
             "round": server_round,
             "loss": loss,
