@@ -409,6 +409,13 @@ def test_lost_client_is_named(make, capsys):
     assert out.count(" lost: ") == 2
 
 
+def test_client_keeps_the_name_that_it_joined_with(make, capsys):
+    lost = Client(fit_res(weights(), norm=0.5), test=GrpcBridgeClosed())
+    lost.properties = {"client": "laptop-7"}
+    make(lost, Client()).run_round(None)
+    assert "client 'laptop-7' lost: disconnected\n" in capsys.readouterr().out
+
+
 def test_failed_round_is_tried_again_but_not_for_ever(make, capsys, tmp_path):
     failing = Client(TypeError("no such key"))
     made = make(failing)
@@ -864,6 +871,19 @@ def test_metrics_of_the_strategy_are_shown_and_saved(make, use_strategy, capsys,
     make(*clients).fit(1, None)
     assert history(tmp_path / "model.pt")[0]["fit_metrics"] == {"norm": 5.25}
     assert 'Round 1/3: fit_metrics {"norm": 5.25}\n' in capsys.readouterr().out
+
+
+def test_scalars_of_numpy_and_pytorch_are_numbers(
+    make, use_strategy, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setattr(server, "average_accuracy", lambda metrics: {"accuracy": np.float32(0.5)})
+    training = {"accuracy": torch.tensor(0.75)}
+    use_strategy(strategies.FedAvg, fit_metrics_aggregation_fn=lambda metrics: training)
+    make(Client()).fit(1, None)
+    (record,) = history(tmp_path / "model.pt")
+    assert (record["accuracy"], record["fit_metrics"]) == (0.5, {"accuracy": 0.75})
+    shown = [line for line in capsys.readouterr().out.splitlines() if "metrics" in line]
+    assert shown == ['Round 1/3: fit_metrics {"accuracy": 0.75}']
 
 
 def test_strategy_is_told_the_round_that_is_printed(make, use_strategy, capsys, tmp_path):
