@@ -383,10 +383,10 @@ def test_client_notices_a_dead_link(start, start_server, address, program):
 
 @needs_posix
 def test_server_ends_if_nobody_reads_what_it_prints(address, join, tmp_path):
-    """As in `python3 server.py | head -1`: it must not stay."""
+    """As in `python3 server.py | head`: it must not stay."""
     command = [sys.executable, ROOT / "server.py", "--server-address", address]
     with subprocess.Popen(
-        [*command, "--min-clients", "1"],
+        [*command, "--min-clients", "1", "--rounds", "1000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
@@ -394,8 +394,10 @@ def test_server_ends_if_nobody_reads_what_it_prints(address, join, tmp_path):
     ) as process:
         assert process.stdout and process.stderr
         assert process.stdout.readline().startswith("Listening on")
-        process.stdout.close()
         join(Learner())
+        while "training on 1 of 1 clients" not in process.stdout.readline():
+            assert process.poll() is None
+        process.stdout.close()
         assert process.wait(120) == 1
         assert process.stderr.read() == "Cannot print: Broken pipe.\n"
 
