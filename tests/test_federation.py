@@ -394,6 +394,7 @@ def test_server_ends_if_nobody_reads_what_it_prints(address, join, tmp_path):
     ) as process:
         assert process.stdout and process.stderr
         assert process.stdout.readline().startswith("Listening on")
+        assert process.stdout.readline().startswith("Waiting for clients: 0")  # it listens now
         join(Learner())
         while "training on 1 of 1 clients" not in process.stdout.readline():
             assert process.poll() is None
