@@ -368,7 +368,8 @@ def load_model(path: Path) -> Net:
     net = Net()
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        check_parameters(shared_arrays(net), get_parameters(net))  # none is NaN
+        arrays = shared_arrays(net)
+        check_parameters(arrays, list(arrays.values()))  # none is NaN
     except UserError as error:
         raise UserError(f"{path} is not usable: {error}") from error
     except OSError as error:

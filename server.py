@@ -69,9 +69,9 @@ class CifarServer(fl.server.Server):
         if args.seed is not None:
             torch.manual_seed(args.seed)
         net, self.history = open_run(args.model, args.resume)
-        self.parameters = fl.common.ndarrays_to_parameters(cifar.get_parameters(net))
-        # For names, types and shapes only: an array that is never written takes no memory.
         arrays = cifar.shared_arrays(net)
+        self.parameters = fl.common.ndarrays_to_parameters(list(arrays.values()))
+        # For names, types and shapes only: an array that is never written takes no memory.
         self.expected = {name: np.empty_like(array) for name, array in arrays.items()}
         self.start_strategy()
         if not args.resume:
