@@ -18,7 +18,7 @@ import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, suppress
-from math import ceil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -61,19 +61,17 @@ class Net(nn.Module):
         return self.fc3(x)
 
 
+@dataclass
 class Images(Dataset):
     """Images kept as bytes, and converted to normalized floats one batch at a time.
 
     Indexed by a list, it returns a batch: much faster than collating single images.
     """
 
-    def __init__(self, name: str, images: Any, labels: Any, classes: Sequence[str] = ()) -> None:
-        self.name = name
-        # uint8 (N, height, width, channels)
-        self.images = torch.as_tensor(images).contiguous()
-        self.labels = torch.as_tensor(labels, dtype=torch.int64)
-        num_classes = int(self.labels.max()) + 1
-        self.classes = classes or [f"class {i}" for i in range(num_classes)]
+    name: str
+    images: Tensor  # uint8 (N, height, width, channels)
+    labels: Tensor  # int64 (N,)
+    classes: list[str]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -87,7 +85,7 @@ class Images(Dataset):
 
     def subset(self, indices: np.ndarray) -> "Images":
         """Return a dataset of only these images."""
-        return Images(self.name, self.images[indices], self.labels[indices], self.classes)
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
 
 
 def load_data(
@@ -104,8 +102,10 @@ def load_data(
     Raises UserError.
     """
     if not 0 <= partition_id < num_partitions:
-        allowed = f"use 0 to {num_partitions - 1} with --num-partitions {num_partitions}"
-        raise UserError(f"--partition-id {partition_id} is out of range: {allowed}.")
+        raise UserError(
+            f"--partition-id {partition_id} is out of range: "
+            f"use 0 to {num_partitions - 1} with --num-partitions {num_partitions}."
+        )
     if synthetic:
         trainset, testset = synthesize(10_000, seed=1), synthesize(2_000, seed=2)
     else:
@@ -116,8 +116,10 @@ def load_data(
         # Test images are always IID: the clients' average is the accuracy on all of them.
         partitions = partition(testset.labels.numpy(), num_partitions)
         testset = testset.subset(partitions[partition_id])
-    sizes = f"{len(trainset)} training / {len(testset)} test images"
-    print(f"{trainset.name}, partition {partition_id} of {num_partitions}: {sizes}")
+    print(
+        f"{trainset.name}, partition {partition_id} of {num_partitions}: "
+        f"{len(trainset)} training / {len(testset)} test images"
+    )
     counts = trainset.labels.bincount(minlength=len(trainset.classes))
     print("Training images per class:", *counts.tolist())
     trainloader = make_loader(trainset, RandomSampler(trainset), batch_size)
@@ -143,8 +145,7 @@ def train(
     for epoch in range(epochs):  # loop over the dataset multiple times
         running_loss = torch.zeros((), device=device)
         for i, (images, labels) in enumerate(trainloader):
-            images = images.to(device, non_blocking=True)
-            labels = labels.to(device, non_blocking=True)
+            images, labels = images.to(device), labels.to(device)
             # zero the parameter gradients
             optimizer.zero_grad()
             # forward + backward + optimize
@@ -169,8 +170,7 @@ def test(net: nn.Module, testloader: DataLoader, device: torch.device) -> tuple[
     net.eval()
     with torch.no_grad():
         for images, labels in testloader:
-            images = images.to(device, non_blocking=True)
-            labels = labels.to(device, non_blocking=True)
+            images, labels = images.to(device), labels.to(device)
             outputs = net(images)
             loss += criterion(outputs, labels).item()
             predicted = outputs.argmax(1)
@@ -208,7 +208,8 @@ def read_images(root: Path, download: bool) -> tuple[Images, Images]:
 
     def read(train: bool) -> Images:
         dataset = CIFAR10(root, train=train, download=download)
-        return Images(DATASET, dataset.data, dataset.targets, dataset.classes)
+        images = torch.from_numpy(dataset.data).contiguous()
+        return Images(DATASET, images, torch.tensor(dataset.targets), dataset.classes)
 
     return read(train=True), read(train=False)
 
@@ -225,8 +226,10 @@ def find_images(data_root: str | Path) -> tuple[Images, Images]:
     except RuntimeError as error:
         if "download=True" not in str(error):  # how torchvision says that it is missing
             raise
-    waiting = "or waiting for another process that is downloading it"
-    print(f"{DATASET} is not in {root}: downloading ({waiting})")
+    print(
+        f"{DATASET} is not in {root}: "
+        "downloading (or waiting for another process that is downloading it)"
+    )
     progress = sys.stderr if sys.stderr.isatty() else io.StringIO()  # no bar in a file
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # torchvision sets none: a stalled download never ends
@@ -235,9 +238,10 @@ def find_images(data_root: str | Path) -> tuple[Images, Images]:
             return read_images(root, download=True)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split())
-        problem = f"Cannot download {DATASET} from {DATA_URL} to {root} ({reason})."
-        todo = f"Put {Path(DATA_URL).name} there, or use --synthetic."
-        raise UserError(f"{problem} {todo}") from error
+        raise UserError(
+            f"Cannot download {DATASET} from {DATA_URL} to {root} ({reason}). "
+            f"Put {Path(DATA_URL).name} there, or use --synthetic."
+        ) from error
     finally:
         socket.setdefaulttimeout(timeout)
 
@@ -246,17 +250,20 @@ def synthesize(num_images: int, seed: int) -> Images:
     """Generate images of ten classes; a class is a coarse pattern, shifted, with noise."""
     height, width, channels = IMAGE_SHAPE
     # RandomState, here and below: NumPy guarantees that its numbers never change.
-    patterns = np.random.RandomState(0).randint(2, size=(10, channels, 4, 4), dtype=np.uint8)
-    patterns = patterns.repeat(ceil(height / 4), axis=2).repeat(ceil(width / 4), axis=3)
+    coarse = np.random.RandomState(0).randint(2, size=(10, channels, 4, 4), dtype=np.uint8)
+    rows = np.arange(height) * 4 // height
+    columns = np.arange(width) * 4 // width
+    patterns = coarse[:, :, rows[:, None], columns]
     random = np.random.RandomState(seed)
-    shape = (num_images, channels, height, width)
-    images = random.randint(128, size=shape, dtype=np.uint8)
+    images = random.randint(128, size=(num_images, channels, height, width), dtype=np.uint8)
     labels = np.arange(num_images) % 10
     shifts = random.randint(-4, 5, size=(num_images, 2))
-    for image, label, shift in zip(images, labels, shifts, strict=True):
-        pattern = np.roll(patterns[label], shift, axis=(1, 2))[:, :height, :width]
-        image += 14 + 100 * pattern  # at most 114, and the noise at most 127: no overflow
-    return Images("generated images", images.transpose(0, 2, 3, 1), labels)
+    for image, label, shift in zip(images, labels, shifts):
+        # At most 114, and the noise at most 127: no overflow.
+        image += 14 + 100 * np.roll(patterns[label], shift, axis=(1, 2))
+    pixels = torch.from_numpy(images).permute(0, 2, 3, 1).contiguous()
+    classes = [f"class {i}" for i in range(10)]
+    return Images("generated images", pixels, torch.from_numpy(labels), classes)
 
 
 def partition(
@@ -271,28 +278,25 @@ def partition(
         raise UserError(f"--num-partitions {num_partitions} is too many for {len(labels)} images.")
     random = np.random.RandomState(2019)
     order = random.permutation(len(labels))
-    if alpha is None:
-        return [np.sort(order[i::num_partitions]) for i in range(num_partitions)]
-    owners = np.zeros(len(labels), dtype=int)  # the partition of each image
-    for label in np.unique(labels):
-        indices = order[labels[order] == label]
-        shares = random.dirichlet([alpha] * num_partitions)
-        ends = (shares.cumsum()[:-1] * len(indices)).astype(int)
-        for i, share in enumerate(np.split(indices, ends)):
-            owners[share] = i
-    for i in range(num_partitions):
-        if i not in owners:  # a client cannot train without images: take one
-            richest = np.bincount(owners).argmax()
-            owners[np.argmax(owners == richest)] = i
+    owners = np.empty(len(labels), dtype=int)  # the partition of each image
+    owners[order] = np.arange(len(labels)) % num_partitions
+    if alpha is not None:
+        for label in np.unique(labels):
+            indices = order[labels[order] == label]
+            ends = random.dirichlet([alpha] * num_partitions).cumsum() * len(indices)
+            owners[indices] = ends[:-1].searchsorted(np.arange(len(indices)) + 1)
+        for i in range(num_partitions):
+            if i not in owners:  # a client cannot train without images: take one
+                richest = np.bincount(owners).argmax()
+                owners[np.argmax(owners == richest)] = i
     return [np.flatnonzero(owners == i) for i in range(num_partitions)]
 
 
 def make_loader(dataset: Images, sampler: Any, batch_size: int) -> DataLoader:
     """Return a DataLoader that fetches each batch from the dataset in one piece."""
     batches = BatchSampler(sampler, batch_size, drop_last=False)
-    pin_memory = DEVICE.type == "cuda"
     # batch_size=None: the dataset gets the sampler's lists of indices as they are.
-    return DataLoader(dataset, sampler=batches, batch_size=None, pin_memory=pin_memory)
+    return DataLoader(dataset, sampler=batches, batch_size=None)
 
 
 def check_network(net: nn.Module, dataset: Any) -> None:
@@ -300,8 +304,7 @@ def check_network(net: nn.Module, dataset: Any) -> None:
     images, _ = dataset[[0]]
     net.eval()
     try:
-        with torch.no_grad():
-            num_outputs = net(images.to(DEVICE)).shape[1]
+        num_outputs = net(images.to(DEVICE)).shape[1]
     except RuntimeError as error:
         shape = tuple(images.shape[1:])
         raise UserError(f"Net does not fit images of shape {shape}: {error}") from error
@@ -317,50 +320,38 @@ def shared_state(net: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if value.is_floating_point()}
 
 
-def shared_arrays(net: nn.Module) -> dict[str, np.ndarray]:
-    """Return the shared state as NumPy arrays; on a CPU they share its memory."""
-    return {name: value.cpu().numpy() for name, value in shared_state(net).items()}
-
-
 def get_parameters(net: nn.Module) -> list[np.ndarray]:
     """Return copies of the shared parameters, in the order of the state_dict."""
-    return [array.copy() for array in shared_arrays(net).values()]
+    return [value.cpu().numpy().copy() for value in shared_state(net).values()]
 
 
 def set_parameters(net: nn.Module, arrays: Sequence[np.ndarray]) -> None:
     """Set the shared parameters; raises UserError if the arrays do not fit."""
-    check_parameters(shared_arrays(net), arrays)
-    for value, array in zip(shared_state(net).values(), arrays, strict=True):
+    state = shared_state(net)
+    check_parameters(state, arrays)
+    for value, array in zip(state.values(), arrays):
         value.copy_(torch.from_numpy(array))
 
 
 def check_parameters(
-    expected: Mapping[str, np.ndarray],
-    arrays: Sequence[np.ndarray],
-    limit: float = np.inf,
+    expected: Mapping[str, Tensor], arrays: Sequence[np.ndarray], limit: float = np.inf
 ) -> None:
     """Raise UserError unless the arrays fit `expected`, are finite and within `limit`."""
-    for (name, own), array in zip(expected.items(), arrays):
-        wanted = f"{own.dtype}{own.shape}"
+    for (name, value), array in zip(expected.items(), arrays):
+        wanted = f"{value.dtype}{tuple(value.shape)}".removeprefix("torch.")
         got = f"{array.dtype}{array.shape}"
         if got != wanted:
             raise UserError(f"{name}: expected {wanted}, got {got} (different models?)")
-        weight = largest(array)
+        weight = np.abs(array).max(initial=0)
         if not np.isfinite(weight):
             raise UserError(f"NaN or infinity in {name}")
         if weight > limit:
             raise UserError(f"{name}: {weight:g} is implausible (limit {limit:g})")
-    missing = list(expected)[len(arrays) :]
-    if missing:
-        count = f"{len(arrays)} of {len(expected)}"
-        raise UserError(f"{missing[0]} is missing: got {count} parameters")
     if len(arrays) > len(expected):
         raise UserError(f"expected {len(expected)} parameters, got {len(arrays)}")
-
-
-def largest(array: np.ndarray) -> float:
-    """Return the largest magnitude in an array; NaN if there is a NaN in it."""
-    return max(array.max(initial=0), -array.min(initial=0))
+    if len(arrays) < len(expected):
+        name = list(expected)[len(arrays)]
+        raise UserError(f"{name} is missing: got {len(arrays)} of {len(expected)} parameters")
 
 
 def load_model(path: Path) -> Net:
@@ -368,8 +359,7 @@ def load_model(path: Path) -> Net:
     net = Net()
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        arrays = shared_arrays(net)
-        check_parameters(arrays, list(arrays.values()))  # none is NaN
+        check_parameters(shared_state(net), get_parameters(net))  # none is NaN
     except UserError as error:
         raise UserError(f"{path} is not usable: {error}") from error
     except OSError as error:
@@ -392,7 +382,7 @@ def load_model(path: Path) -> Net:
 def to_bytes(net: nn.Module) -> bytes:
     """Return the model's state_dict, on the CPU, as torch.save() writes it."""
     buffer = io.BytesIO()
-    torch.save({name: value.cpu() for name, value in net.state_dict().items()}, buffer)
+    torch.save(net.cpu().state_dict(), buffer)
     return buffer.getvalue()
 
 
@@ -442,16 +432,13 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
     text = "use generated images (no download)"
     parser.add_argument("--synthetic", action="store_true", help=text)
     add("--seed", number(int, 0), None, "random seed, for repeatable runs")
-    threads = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else 1
-    add("--threads", number(int, 1, 1024), threads, "PyTorch CPU threads")
+    add("--threads", number(int, 1, 1024), 1, "PyTorch CPU threads")
 
 
-def parse_config(
-    parser: ArgumentParser, config: Mapping[str, Any], other: ArgumentParser
-) -> Namespace:
-    """Parse a config of Flower's engine as flags, ignoring the other script's flags."""
-    flags = [*vars(parser.parse_args([])), *vars(other.parse_args([]))]
-    known = [flag.replace("_", "-") for flag in flags]
+def parse_config(config: Mapping[str, Any], *parsers: ArgumentParser) -> Namespace:
+    """Parse a config of Flower's engine as flags of these parsers."""
+    parser = ArgumentParser(parents=parsers, conflict_handler="resolve", add_help=False)
+    known = [name.replace("_", "-") for name in vars(parser.parse_args([]))]
     arguments = []
     for key, value in config.items():
         if key not in known:
@@ -459,8 +446,7 @@ def parse_config(
             parser.error(f"unknown key {key!r} in the config (did you mean {nearest!r}?)")
         if value is not False:
             arguments.append(f"--{key}" if value is True else f"--{key}={value}")
-    parser.allow_abbrev = False
-    return parser.parse_known_args(arguments)[0]
+    return parser.parse_args(arguments)
 
 
 def number(kind: type, low: float, high: float = 2**31 - 1) -> Callable[[str], Any]:
@@ -483,11 +469,10 @@ def address(text: str) -> str:
 
 
 def model_path(text: str) -> Path:
-    """Check, as an argparse type, that a model can be saved there; follow a link."""
-    path = Path(text).resolve() if Path(text).is_symlink() else Path(text)
+    """Check, as an argparse type, that a model can be saved there; follow links."""
+    path = Path(text).resolve()
     if path.suffix != ".pt" or path.is_dir() or not os.access(path.parent, os.W_OK):
-        problem = "must end in .pt and be in an existing, writable directory"
-        raise ArgumentTypeError(f"{text} {problem}")
+        raise ArgumentTypeError(f"{text} must end in .pt and be in an existing, writable directory")
     return path
 
 
@@ -525,18 +510,19 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    net = (load_model(args.evaluate) if args.evaluate else Net()).to(DEVICE)
-    print(f"Model {args.evaluate}" if args.evaluate else "Centralized PyTorch training")
+    if args.evaluate:
+        net = load_model(args.evaluate)
+        print(f"Model {args.evaluate}")
+        if history := read_history(args.evaluate):
+            print("Trained on", history[-1].get("data"))
+    else:
+        print("Centralized PyTorch training")
+        net = Net()
+    net.to(DEVICE)
     print("Load data")
     trainloader, testloader, _ = load_data(args.batch_size, args.data_root, args.synthetic)
-    dataset: Any = testloader.dataset
-    check_network(net, dataset)
-    if args.evaluate:
-        history = read_history(args.evaluate) or [{}]
-        data = str(history[-1].get("data", dataset.name))
-        if dataset.name not in data:
-            print(f"Warning: this model was trained on {data!r}, not on {dataset.name}")
-    else:
+    check_network(net, testloader.dataset)
+    if not args.evaluate:
         print("Start training")
         train(net=net, trainloader=trainloader, epochs=args.epochs, device=DEVICE, lr=args.lr)
     print("Evaluate model")

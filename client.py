@@ -4,7 +4,6 @@ python3 client.py --partition-id 0 --num-partitions 2    # the first of two part
 """
 
 import functools
-import inspect
 import os
 import platform
 import time
@@ -74,7 +73,7 @@ class CifarClient(fl.client.NumPyClient):
 # Utilities: skip on first reading. Connection, flags, Flower's engine; main() is last.
 
 
-def make_client(args: Namespace, name: str) -> fl.client.Client:
+def make_client(args: Namespace, name: str) -> CifarClient:
     """Load data and model, and return the client; raises UserError."""
     torch.set_num_threads(args.threads)
     if args.seed is not None:
@@ -97,10 +96,13 @@ def make_client(args: Namespace, name: str) -> fl.client.Client:
         scheme = f"alpha {args.alpha:g}" if args.alpha else "IID"
         data += f" in {args.num_partitions} partitions ({scheme})"
         partition = f"partition {args.partition_id}"
-    properties: Metrics = {"client": name, "data": data, "partition": partition}
-    properties["classes"] = ", ".join(dataset.classes)
-    client = CifarClient(model, trainloader, testloader, num_examples, properties)
-    return client.to_client()
+    properties: Metrics = {
+        "client": name,
+        "data": data,
+        "partition": partition,
+        "classes": ", ".join(dataset.classes),
+    }
+    return CifarClient(model, trainloader, testloader, num_examples, properties)
 
 
 HINTS = {  # what gRPC says, and what it means
@@ -116,32 +118,19 @@ HINTS = {  # what gRPC says, and what it means
 }
 
 
-def wait_for_server(address: str, seconds: float, root_certificates: bytes | None) -> None:
-    """Return as soon as a server answers; raises UserError, with a reason, if none does."""
-    deadline = time.monotonic() + seconds
-    last_reason = ""
-    while True:
+def probe(address: str, root_certificates: bytes | None) -> None:
+    """Raise grpc.RpcError if no server answers within 5 s."""
+    with create_channel(address, not root_certificates, root_certificates) as channel:
         try:
-            with create_channel(address, not root_certificates, root_certificates) as channel:
-                # There is no such method: UNIMPLEMENTED proves that a server is up.
-                probe = channel.unary_unary("/flwr.proto.FlowerService/Probe")
-                probe(b"", timeout=min(5, max(0.1, deadline - time.monotonic())))
-                return
+            channel.unary_unary("/flwr.proto.FlowerService/Probe")(b"", timeout=5)
         except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                return
-            details = error.details().rpartition("last error: ")[2]  # of several addresses
-        reason = next((hint for key, hint in HINTS.items() if key in details), details)
-        if time.monotonic() > deadline:
-            raise cifar.UserError(f"No server at {address} for {seconds:g} s: {reason}.")
-        if reason != last_reason:
-            print(f"Waiting for the server at {address}: {reason}")
-            last_reason = reason
-        time.sleep(0.5)
+            # There is no such method: UNIMPLEMENTED proves that a server is up.
+            if error.code() is not grpc.StatusCode.UNIMPLEMENTED:
+                raise
 
 
 def keep_alive() -> None:
-    """Have Flower's channels detect a dead link.
+    """Have gRPC's channels detect a dead link, which by default they never do.
 
     Flower takes no channel options and gRPC reads none from the environment, so this
     wraps the functions that open channels. gRPC servers allow a ping every 5 minutes.
@@ -152,11 +141,8 @@ def keep_alive() -> None:
     ]
 
     def with_keepalive(open_channel: Callable) -> Callable:
-        def opened(*args: Any, **kwargs: Any) -> grpc.Channel:
-            call = inspect.signature(open_channel).bind(*args, **kwargs)
-            options = call.arguments.get("options") or ()
-            call.arguments["options"] = [*options, *keepalive]
-            return open_channel(*call.args, **call.kwargs)
+        def opened(*args: Any, options: Any = (), **kwargs: Any) -> grpc.Channel:
+            return open_channel(*args, options=[*(options or ()), *keepalive], **kwargs)
 
         return opened
 
@@ -188,7 +174,7 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-clients: dict[str, fl.client.Client] = {}  # client_fn() is called for every message
+clients: dict[str, CifarClient] = {}  # client_fn() is called for every message
 
 
 def client_fn(context: fl.common.Context) -> fl.client.Client:
@@ -198,12 +184,12 @@ def client_fn(context: fl.common.Context) -> fl.client.Client:
     config = {**context.run_config, **context.node_config}
     key = f"{context.node_id} {config}"
     if key not in clients:
-        args = cifar.parse_config(make_parser(), config, server.make_parser())
+        args = cifar.parse_config(config, server.make_parser(), make_parser())
         name = f"node {context.node_id}"
         if "partition-id" in config:
             name = f"partition {args.partition_id}"
         clients[key] = make_client(args, name)
-    return clients[key]
+    return clients[key].to_client()
 
 
 app = fl.client.ClientApp(client_fn=client_fn)
@@ -218,22 +204,36 @@ def main() -> None:
     client = make_client(args, name=f"{platform.node()}-{os.getpid()}")
     # Start client
     keep_alive()
+    deadline = time.monotonic() + args.wait
+    last_reason = ""
     while True:
-        wait_for_server(address, args.wait, certificates)
-        print(f"Connected to the server at {address}")
+        connected = False
         try:
+            probe(address, certificates)
+            connected = True
+            print(f"Connected to the server at {address}")
             fl.client.start_client(
-                server_address=address, client=client, root_certificates=certificates
+                server_address=address, client=client.to_client(), root_certificates=certificates
             )
             break
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                message = f"The service at {address} is not a Flower server (wrong port?)."
-                raise cifar.UserError(message) from error
-            reason = error.details()
-            lost = f"Connection to the server lost ({reason})"
-            print(f"{lost}, reconnecting for up to {args.wait:g} s")
-            time.sleep(1)  # back off: the server may be rejecting connections
+                raise cifar.UserError(
+                    f"The service at {address} is not a Flower server (wrong port?)."
+                ) from error
+            details = error.details().rpartition("last error: ")[2]  # of several addresses
+        reason = next((hint for key, hint in HINTS.items() if key in details), details)
+        if connected:
+            deadline = time.monotonic() + args.wait
+            print(
+                f"Connection to the server lost ({reason}), reconnecting for up to {args.wait:g} s"
+            )
+        elif time.monotonic() > deadline:
+            raise cifar.UserError(f"No server at {address} for {args.wait:g} s: {reason}.")
+        elif reason != last_reason:
+            print(f"Waiting for the server at {address}: {reason}")
+        last_reason = reason
+        time.sleep(0.5)
     print("Run ended by the server")
 
 

@@ -14,6 +14,7 @@ import threading
 import time
 from argparse import ArgumentParser, Namespace
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -64,15 +65,15 @@ class CifarServer(fl.server.Server):
         try:
             self.lock.acquire(timeout=0)
         except Timeout as error:
-            todo = "stop it or pass a different --model"
-            raise UserError(f"{args.model} is in use by another server; {todo}.") from error
+            raise UserError(
+                f"{args.model} is in use by another server; stop it or pass a different --model."
+            ) from error
         if args.seed is not None:
             torch.manual_seed(args.seed)
         net, self.history = open_run(args.model, args.resume)
-        arrays = cifar.shared_arrays(net)
-        self.parameters = fl.common.ndarrays_to_parameters(list(arrays.values()))
-        # For names, types and shapes only: an array that is never written takes no memory.
-        self.expected = {name: np.empty_like(array) for name, array in arrays.items()}
+        self.parameters = fl.common.ndarrays_to_parameters(cifar.get_parameters(net))
+        with torch.device("meta"):  # names, types and shapes only: it takes no memory
+            self.expected = cifar.shared_state(cifar.Net())
         self.start_strategy()
         if not args.resume:
             self.save([])
@@ -102,8 +103,9 @@ class CifarServer(fl.server.Server):
                 self.log(f"failed ({error}), global model unchanged, attempt {failed} of 3")
                 if failed < 3:
                     continue
-                todo = "Restart with --resume to continue."
-                raise UserError(f"Giving up after 3 failed attempts. {todo}") from error
+                raise UserError(
+                    "Giving up after 3 failed attempts. Restart with --resume to continue."
+                ) from error
             failed = 0
             self.log_results(record)
             try:
@@ -119,25 +121,27 @@ class CifarServer(fl.server.Server):
     def run_round(self, timeout: float | None) -> Record:
         """Run one round and return its record; raises UserError if there is no new model."""
         server_round = len(self.history) + 1
+        clients = self.client_manager()
 
         # Wait for enough clients.
-        clients = wait_for_clients(self.client_manager(), self.args.min_clients)
+        wait_for_clients(clients, self.args.min_clients)
         start = time.monotonic()
 
         # Choose the clients that train, and what to send them: parameters and settings.
+        available = clients.num_available()
         to_train = self.strategy.configure_fit(server_round, self.parameters, clients)
         if not to_train:
-            problem = f"the strategy chose none of {len(clients)} clients"
-            raise UserError(f"{problem}: it asks for more than --min-clients")
-        self.log(f"training on {len(to_train)} of {len(clients)} clients")
+            raise UserError(
+                f"the strategy chose none of {available} clients: "
+                "it asks for more than --min-clients"
+            )
+        self.log(f"training on {len(to_train)} of {available} clients")
 
-        # Train, each client on its own images.
-        results, failures = fit_clients(to_train, self.max_workers, timeout, server_round)
-
-        # Reject updates that cannot be aggregated, or would swamp the others.
-        largest = map(cifar.largest, fl.common.parameters_to_ndarrays(self.parameters))
-        self.limit = 1000 * max(1, *largest)
-        updates, failures = self.check_results(to_train, results, failures, start, timeout)
+        # Train, each client on its own images. Updates that cannot be aggregated, or would
+        # swamp the others, are rejected: they are among the failures.
+        weights = map(np.abs, fl.common.parameters_to_ndarrays(self.parameters))
+        self.limit = 1000 * max(1, *(array.max(initial=0) for array in weights))
+        updates, failures = self.collect(fit_clients, to_train, server_round, timeout)
         data = self.compare_data(updates)
 
         # Aggregate. FedAvg: w = sum of n_k / n * w_k over the clients k, where client k has
@@ -150,7 +154,7 @@ class CifarServer(fl.server.Server):
             reason = "the strategy returned no parameters" if updates else "no usable updates"
             only_lost = failures and all(isinstance(each, GrpcBridgeClosed) for each in failures)
             raise ClientsLost(reason) if only_lost else UserError(reason)
-        del results, updates, failures  # free the memory: they hold a model per client
+        del updates, failures  # free the memory: they hold a model per client
 
         # Evaluate the aggregate: at the server if the strategy does, and on the clients.
         try:
@@ -189,39 +193,37 @@ class CifarServer(fl.server.Server):
         self, server_round: int, parameters: Parameters, timeout: float | None
     ) -> tuple[float | None, Metrics]:
         """Return loss and metrics of the clients' evaluations; raises UserError."""
-        clients = Snapshot(self.client_manager())
-        start = time.monotonic()
+        clients = self.client_manager()
         asked = self.strategy.configure_evaluate(server_round, parameters, clients)
         if not asked:
             return None, {}
-        results, failures = evaluate_clients(asked, self.max_workers, timeout, server_round)
-        evaluations, failures = self.check_results(asked, results, failures, start, timeout)
+        results, failures = self.collect(evaluate_clients, asked, server_round, timeout)
         rejected = [each for each in failures if isinstance(each, tuple)]
-        if len(rejected) > len(evaluations):
+        if len(rejected) > len(results):
             raise UserError("most clients cannot evaluate the aggregate")
         # In a fixed order, as in run_round().
-        evaluations.sort(key=lambda pair: (pair[1].loss, pair[1].num_examples))
-        return self.strategy.aggregate_evaluate(server_round, evaluations, failures)
+        results.sort(key=lambda pair: (pair[1].loss, pair[1].num_examples))
+        return self.strategy.aggregate_evaluate(server_round, results, failures)
 
-    def check_results(
-        self,
-        asked: list,
-        results: list,
-        failures: list,
-        start: float,
-        timeout: float | None,
+    def collect(
+        self, send: Callable, asked: list, server_round: int, timeout: float | None
     ) -> tuple[list, list]:
-        """Return the usable (client, result) pairs, and the failures.
+        """Send instructions to clients; return usable (client, result) pairs, and failures.
 
         A failure is an exception or a rejected (client, result) pair. Logs rejected results
         and lost clients; raises UserError for any exception but a lost connection.
         """
+        start = time.monotonic()
+        results, failures = send(asked, self.max_workers, timeout, server_round)
+        errors = [each for each in failures if not isinstance(each, tuple)]
+        for error in errors:
+            if not isinstance(error, GrpcBridgeClosed):
+                raise UserError(f"{type(error).__name__}: {error}") from error
         usable = []
         rejected = []
-        silent = {client.cid: client for client, _ in asked}
-        not_ok = [each for each in failures if isinstance(each, tuple)]
-        for client, result in results + not_ok:
-            silent.pop(client.cid, None)
+        lost = {client.cid: client for client, _ in asked}
+        for client, result in [*results, *(each for each in failures if isinstance(each, tuple))]:
+            del lost[client.cid]
             client.properties.update(result.metrics)  # Flower's engine asks for no properties
             try:
                 self.check_result(result)
@@ -230,11 +232,7 @@ class CifarServer(fl.server.Server):
                 kind = "update" if isinstance(result, FitRes) else "evaluation"
                 self.log(f"{kind} from client {name_of(client)!r} rejected: {error}")
                 rejected.append((client, result))
-        errors = [each for each in failures if not isinstance(each, tuple)]
-        for failure in errors:
-            if not isinstance(failure, GrpcBridgeClosed):
-                raise UserError(f"{type(failure).__name__}: {failure}") from failure
-        for client in silent.values():
+        for client in lost.values():
             seconds = getattr(client, "disconnected", time.monotonic()) - start
             late = timeout and seconds >= timeout
             reason = f"timed out after {timeout:g} s" if late else "disconnected"
@@ -253,16 +251,13 @@ class CifarServer(fl.server.Server):
             if not (number and 0 <= accuracy <= 1 and 0 <= result.loss < 1e30):
                 raise UserError(f"loss {result.loss:g}, accuracy {accuracy!r}")
             return
-        # One array more than expected is enough to reject it.
-        arrays = decode(result.parameters.tensors[: len(self.expected) + 1])
-        cifar.check_parameters(self.expected, arrays, self.limit)
+        cifar.check_parameters(self.expected, decode(result.parameters.tensors), self.limit)
 
     def check_aggregate(self, aggregate: Parameters) -> Parameters:
         """Return the aggregate in the model's types; raises UserError if it does not fit."""
         arrays = fl.common.parameters_to_ndarrays(aggregate)
-        with np.errstate(over="ignore"):  # an overflow is an infinity, which is found below
-            for i, (array, own) in enumerate(zip(arrays, self.expected.values())):
-                arrays[i] = array.astype(own.dtype, copy=False)
+        for i, (array, own) in enumerate(zip(arrays, self.expected.values())):
+            arrays[i] = torch.from_numpy(array).to(own.dtype).numpy()
         cifar.check_parameters(self.expected, arrays)
         return fl.common.ndarrays_to_parameters(arrays)
 
@@ -285,8 +280,10 @@ class CifarServer(fl.server.Server):
 
     def log_results(self, record: Record) -> None:
         """Log the results of a round."""
-        _, loss, accuracy, clients, seconds = table_row(record)
-        self.log(f"loss {loss}, accuracy {accuracy}, clients {clients}, {seconds} s")
+        self.log(
+            f"loss {column(record, 'loss')}, accuracy {column(record, 'accuracy')}, "
+            f"clients {record['clients']}, {column(record, 'seconds', '.1f')} s"
+        )
         for key in ("metrics", "fit_metrics", "centralized"):
             if record[key] and record[key] != {"accuracy": record["accuracy"]}:
                 self.log(f"{key} {to_json(record[key])}")
@@ -299,7 +296,7 @@ class CifarServer(fl.server.Server):
 
     def log(self, message: str) -> None:
         """Print a line about the round, escaped: parts of it come from clients."""
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:300])
+        text = repr(message[:300])[1:-1]
         print(f"Round {len(self.history) + 1}/{self.args.rounds}: {text}")
 
     def save(self, history: list[Record]) -> None:
@@ -321,12 +318,8 @@ class ClientsLost(UserError):
     """The round failed only because clients were lost: it does not count as an attempt."""
 
 
-class Snapshot(SimpleClientManager):
-    """The clients connected now. Nobody can join, so sample() does not wait for more."""
-
-    def __init__(self, client_manager: ClientManager) -> None:
-        super().__init__()
-        self.clients = dict(client_manager.all())
+class Clients(SimpleClientManager):
+    """Flower's client manager, but sample() does not wait for more clients."""
 
     def sample(
         self, num_clients: int, min_num_clients: int | None = None, criterion: Any = None
@@ -336,7 +329,7 @@ class Snapshot(SimpleClientManager):
         return super().sample(num_clients, 0, criterion) if enough else []
 
 
-class ConnectedClients(SimpleClientManager):
+class ConnectedClients(Clients):
     """A client manager that lists a client once it has answered.
 
     Flower's own never removes a client that disconnects while it joins.
@@ -380,17 +373,14 @@ class StandaloneServer(CifarServer):
         super().disconnect_all_clients(timeout=10)
 
 
-def wait_for_clients(client_manager: ClientManager, min_clients: int) -> Snapshot:
-    """Block until `min_clients` are connected; return a snapshot of the client manager."""
+def wait_for_clients(clients: ClientManager, min_clients: int) -> None:
+    """Block until `min_clients` are connected."""
     connected = -1
-    while True:
-        clients = Snapshot(client_manager)
-        if len(clients) >= min_clients:
-            return clients
-        if len(clients) != connected:
-            connected = len(clients)
-            print(f"Waiting for clients: {connected} of {min_clients} connected")
-        client_manager.wait_for(connected + 1, timeout=1)  # s; clients may also leave
+    while (available := clients.num_available()) < min_clients:
+        if available != connected:
+            print(f"Waiting for clients: {available} of {min_clients} connected")
+        connected = available
+        clients.wait_for(connected + 1, timeout=1)  # s; clients may also leave
 
 
 def decode(tensors: list[bytes]) -> list[np.ndarray]:
@@ -414,29 +404,26 @@ def name_of(client: ClientProxy) -> str:
 
 def to_json(value: Any, indent: int | None = None) -> str:
     """Return JSON; scalars of NumPy and PyTorch become numbers, other objects text."""
-
-    def plain(other: Any) -> Any:
-        return other.item() if hasattr(other, "item") else str(other)
-
-    return json.dumps(value, indent=indent, default=plain)
+    return json.dumps(
+        value, indent=indent, default=lambda other: getattr(other, "item", other.__str__)()
+    )
 
 
-def table_row(record: Record) -> list[str]:
-    """Return a round's columns as text, "-" for missing values."""
-    columns = [("round", "d"), ("loss", ".4f"), ("accuracy", ".4f"), ("clients", "d")]
-    row = []
-    for key, form in [*columns, ("seconds", ".1f")]:
-        value = record.get(key)
-        row.append("-" if value is None else format(value, form))
-    return row
+def column(record: Record, key: str, form: str = ".4f") -> str:
+    """Return a value of a record as text, "-" if it is missing."""
+    value = record.get(key)
+    return "-" if value is None else format(value, form)
 
 
 def print_history(history: list[Record], path: Path) -> None:
     """Print a table of the rounds, and where the model is."""
     print("\nround    loss  accuracy  clients  seconds")
     for record in history:
-        print("{:>5} {:>7}  {:>8}  {:>7}  {:>7}".format(*table_row(record)))
-    print(f"Model: {path.resolve()}")
+        print(
+            f"{record['round']:>5} {column(record, 'loss'):>7}  {column(record, 'accuracy'):>8}"
+            f"  {column(record, 'clients', 'd'):>7}  {column(record, 'seconds', '.1f'):>7}"
+        )
+    print(f"Model: {path}")
 
 
 def open_run(path: Path, resume: bool) -> tuple[cifar.Net, list[Record]]:
@@ -447,19 +434,20 @@ def open_run(path: Path, resume: bool) -> tuple[cifar.Net, list[Record]]:
     history_path = path.with_suffix(".json")
     history = cifar.read_history(path)
     if history is None and history_path.exists():
-        todo = "Restore it, move it away, or pass a different --model."
-        raise UserError(f"{history_path} is not a valid history file. {todo}")
+        raise UserError(
+            f"{history_path} is not a valid history file. "
+            "Restore it, move it away, or pass a different --model."
+        )
     if resume:
         net = cifar.load_model(path)
         if history is None:
             print(f"{history_path} is missing: resuming from the model alone, at round 1")
             return net, []
-        # The model may be older than the last record: rounds after its own are run again.
         model = hashlib.sha256(path.read_bytes()).hexdigest()
-        for i in reversed(range(len(history))):
-            if history[i].get("model", model) == model:
-                return net, history[: i + 1]
-        if history:
+        rounds = [each["round"] for each in history if each.get("model", model) == model]
+        if rounds:
+            del history[rounds[-1] :]  # rounds after the model's are run again
+        elif history:
             print(f"Warning: {path} is not the model of any round in {history_path}")
         return net, history
     old = [file for file in (history_path, path) if file.exists()]
@@ -490,9 +478,11 @@ def read_certificates(args: Namespace) -> tuple[bytes, bytes, bytes] | None:
     certificate = x509.load_pem_x509_certificate(args.ssl_certfile.read_bytes())
     first, last = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if not first <= datetime.now(UTC) <= last:
-        dates = f"from {first:%Y-%m-%d} to {last:%Y-%m-%d}"
-        warning = f"Warning: clients reject --ssl-certfile: it is valid {dates}"
-        print(warning, file=sys.stderr)
+        print(
+            "Warning: clients reject --ssl-certfile: "
+            f"it is valid from {first:%Y-%m-%d} to {last:%Y-%m-%d}",
+            file=sys.stderr,
+        )
     return certificates
 
 
@@ -523,10 +513,9 @@ def server_fn(context: fl.common.Context) -> fl.server.ServerAppComponents:
     """Build the server for Flower's engine, from the run config."""
     import client  # lazy import: only the engine mixes the flags of both scripts
 
-    args = cifar.parse_config(make_parser(), context.run_config, client.make_parser())
+    args = cifar.parse_config(context.run_config, client.make_parser(), make_parser())
     config = fl.server.ServerConfig(args.rounds, args.round_timeout)
-    server = CifarServer(args, SimpleClientManager())
-    return fl.server.ServerAppComponents(server=server, config=config)
+    return fl.server.ServerAppComponents(server=CifarServer(args, Clients()), config=config)
 
 
 app = fl.server.ServerApp(server_fn=server_fn)
@@ -538,9 +527,11 @@ def main() -> None:
     certificates = read_certificates(args)
     local = args.server_address.startswith(("127.", "localhost:", "[::1]:"))
     if not certificates and not local:
-        danger = "anyone who can reach it can join, read and modify the model"
-        where = 'See "Several machines" in README.md.'
-        print(f"Warning: no TLS on {args.server_address}: {danger}. {where}", file=sys.stderr)
+        print(
+            f"Warning: no TLS on {args.server_address}: anyone who can reach it can join, read "
+            'and modify the model. See "Several machines" in README.md.',
+            file=sys.stderr,
+        )
     server = StandaloneServer(args, ConnectedClients())
     if len(server.history) >= args.rounds:
         print(f"All {args.rounds} rounds are done: raise --rounds to continue.")
@@ -556,9 +547,10 @@ def main() -> None:
         certificates=certificates,
     )
     if isinstance(server.error, SystemExit):  # Flower's answer to Ctrl-C and SIGTERM
-        done = f"Stopped after {len(server.history)} of {args.rounds} rounds."
-        todo = "Restart with --resume to continue."
-        raise UserError(f"{done} Model saved to {args.model}. {todo}")
+        raise UserError(
+            f"Stopped after {len(server.history)} of {args.rounds} rounds. "
+            f"Model saved to {args.model}. Restart with --resume to continue."
+        )
     if server.error:
         raise server.error
 

@@ -27,7 +27,7 @@ from pathlib import Path
 import helpers
 import numpy as np
 import torch
-from helpers import ROOT, PlainNet, Script, free_address
+from helpers import ROOT, PlainNet, Script, free_address, wait_for_server
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -164,8 +164,6 @@ def light_clients(address: str, count: str) -> None:
     """Take part as many clients, each with a connection of its own, that learn nothing."""
     import flwr
 
-    import client
-
     class LightClient(flwr.client.NumPyClient):
         def fit(self, parameters, config):
             return parameters, 1, {}
@@ -173,7 +171,7 @@ def light_clients(address: str, count: str) -> None:
         def evaluate(self, parameters, config):
             return 1.0, 1, {"accuracy": 0.5}
 
-    client.wait_for_server(address, 60, None)
+    wait_for_server(address)
     threads = [
         threading.Thread(
             target=flwr.client.start_client,
@@ -384,10 +382,7 @@ def bench_federation(repetitions: int) -> None:
         address = free_address()
         processes = [server(address)]
         if function == "plain_client":  # which does not wait for the server
-            import client
-
-            with contextlib.redirect_stdout(None):
-                client.wait_for_server(address, 60, None)
+            wait_for_server(address)
         processes += [own(function, address, **env) for _ in range(2)]
         processes[0].wait()
         ended = time.time()

@@ -19,6 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import grpc
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -28,8 +29,7 @@ from torch.utils.data import DataLoader
 import cifar
 
 # Removed from what a script inherits, so that it shows its own settings, as it does to a user.
-UNSET = ["FLWR_TELEMETRY_ENABLED", "FLWR_LOG_LEVEL", "GRPC_VERBOSITY"]
-UNSET += ["OMP_NUM_THREADS", "PYTHONUNBUFFERED"]
+UNSET = ["FLWR_TELEMETRY_ENABLED", "FLWR_LOG_LEVEL", "GRPC_VERBOSITY", "PYTHONUNBUFFERED"]
 
 
 # Addresses, files, the README.
@@ -66,6 +66,12 @@ def block(language: str, text: str) -> str:
     blocks = re.findall(rf"^```{language}\n(.*?)^```", readme(), re.MULTILINE | re.DOTALL)
     (found,) = [content for content in blocks if text in content]
     return found
+
+
+def wait_for_server(address: str) -> None:
+    """Return once a gRPC server answers at HOST:PORT; for clients that do not wait for it."""
+    with grpc.insecure_channel(address) as channel:
+        grpc.channel_ready_future(channel).result(60)
 
 
 # Processes.

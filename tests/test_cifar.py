@@ -1,5 +1,6 @@
 """cifar.py: the network, the data, the loops, the command lines, and how the scripts end."""
 
+import dataclasses
 import functools
 import http.client
 import http.server
@@ -54,10 +55,10 @@ def test_network_is_the_tutorials():
 def test_network_that_does_not_fit_the_images_is_an_error():
     images, net = cifar.synthesize(20, seed=1), cifar.Net().to(cifar.DEVICE)
     cifar.check_network(net, images)
-    grey = cifar.Images("grey", images.images[..., :1], images.labels)
+    grey = dataclasses.replace(images, images=images.images[..., :1])
     with pytest.raises(cifar.UserError, match=r"^Net does not fit images of shape \(1, 32, 32\): "):
         cifar.check_network(net, grey)
-    letters = cifar.Images("letters", images.images, torch.arange(20) + 6)
+    letters = dataclasses.replace(images, classes=list("abcdefghijklmnopqrstuvwxyz"))
     with pytest.raises(cifar.UserError, match="^Net has 10 outputs, but there are 26 classes.$"):
         cifar.check_network(net, letters)
 
@@ -105,8 +106,9 @@ def test_load_data_says_what_it_loaded(small_root, capsys):
 @pytest.mark.parametrize("alpha", [None, 0.5])
 def test_other_images_need_only_another_read_images(monkeypatch, tmp_path, alpha):
     """Letters in place of photos: 28x28 pixels of grey, and 26 classes."""
-    pixels = np.random.RandomState(0).randint(256, size=(624, 28, 28, 1), dtype=np.uint8)
-    letters = cifar.Images("letters", pixels, np.arange(624) % 26)
+    pixels = torch.randint(256, (624, 28, 28, 1), dtype=torch.uint8)
+    names = list("abcdefghijklmnopqrstuvwxyz")
+    letters = cifar.Images("letters", pixels, torch.arange(624) % 26, names)
     data = letters.subset(np.arange(520)), letters.subset(np.arange(520, 624))
     monkeypatch.setattr(cifar, "read_images", lambda root, download: data)
     loaders = [
@@ -128,16 +130,13 @@ def test_other_images_need_only_another_read_images(monkeypatch, tmp_path, alpha
     assert cifar.test(net, loaders[1][1], CPU)[1] <= 1
 
 
-def test_images_and_their_classes_are_named():
-    pixels = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1)
-    unnamed = cifar.Images("dots", pixels, [2, 0, 1, 1, 0])
-    assert unnamed.classes == ["class 0", "class 1", "class 2"]
-    assert unnamed.subset(np.array([1])).classes == unnamed.classes, "also those that it lacks"
-    named = cifar.Images("dots", pixels, [2, 0, 1, 1, 0], ["x", "y", "z", "unseen"])
-    some = named.subset(np.array([4, 0]))
-    assert (some.name, len(some), some.labels.tolist()) == ("dots", 2, [0, 2])
-    assert some.images.flatten().tolist() == [4, 0]
-    assert some.classes == ["x", "y", "z", "unseen"]
+def test_subset_of_images_keeps_the_names():
+    pixels = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1)
+    dots = cifar.Images("dots", pixels, torch.tensor([2, 0, 1, 1, 0]), ["x", "y", "z"])
+    some = dots.subset(np.array([4, 1]))
+    assert (some.name, len(some), some.labels.tolist()) == ("dots", 2, [0, 0])
+    assert some.images.flatten().tolist() == [4, 1]
+    assert some.classes == ["x", "y", "z"], "also those that it lacks"
 
 
 def test_generated_images_are_ten_classes_and_the_same_everywhere():
@@ -566,40 +565,30 @@ def test_model_of_a_federation_is_not_overwritten(call, tmp_path):
 
 
 GENERATED = "generated images in 2 partitions (IID)"
-WARNING = "Warning: this model was trained on {!r}, not on {}"
-EVALUATED = {
+HISTORIES = {
     "no history": (None, []),
-    "the same": (of_rounds("generated images", "CIFAR-10"), []),
-    "a partition": (of_rounds("CIFAR-10 in 2 partitions (alpha 0.5)"), []),
-    "both": (of_rounds("CIFAR-10 / generated images"), []),
-    "others": (of_rounds("generated images"), [WARNING.format("generated images", "CIFAR-10")]),
-    "last others": (of_rounds("CIFAR-10", GENERATED), [WARNING.format(GENERATED, "CIFAR-10")]),
+    "a round": (of_rounds("CIFAR-10"), ["Trained on CIFAR-10"]),
+    "two rounds": (of_rounds("CIFAR-10", GENERATED), [f"Trained on {GENERATED}"]),
+    "no round": (b"[]", []),
     "half": (of_rounds("generated images")[:-5], []),
     "no list": (b'{"data": "generated images"}', []),
-    "no data": (b'[{"round": 1}]', []),
     "unknown data": (b'[{"data": null}]', []),
     "no text": (b"\xff\xfe\xfd", []),
 }
 
 
-@pytest.mark.parametrize("name", EVALUATED)
-def test_model_of_other_images_is_evaluated_with_a_warning(call, small_root, tmp_path, name):
-    history, warnings = EVALUATED[name]
-    torch.save(cifar.Net().state_dict(), tmp_path / "model.pt")
+@pytest.mark.parametrize("name", HISTORIES)
+def test_evaluation_says_what_a_model_was_trained_on(call, small_root, tmp_path, name):
+    history, trained_on = HISTORIES[name]
+    path = tmp_path / "model.pt"
+    torch.save(cifar.Net().state_dict(), path)
     if history is not None:
-        (tmp_path / "model.json").write_bytes(history)
-    output = call("cifar", "--evaluate", tmp_path / "model.pt", "--data-root", small_root)
-    lines = output.splitlines()
-    assert [line for line in lines if "Warning" in line] == warnings
+        path.with_suffix(".json").write_bytes(history)
+    lines = call("cifar", "--evaluate", path, "--data-root", small_root).splitlines()
+    assert lines[0] == f"Model {path}"
+    assert [line for line in lines if line.startswith("Trained on")] == trained_on
     assert lines[-3] == "Evaluate model"
     assert lines[-2].startswith("Loss: ") and lines[-1].startswith("Accuracy: ")
-
-
-def test_generated_images_are_named_in_the_warning(call, tmp_path):
-    torch.save(cifar.Net().state_dict(), tmp_path / "model.pt")
-    (tmp_path / "model.json").write_bytes(of_rounds("CIFAR-10"))
-    output = call("cifar", "--evaluate", tmp_path / "model.pt", "--synthetic")
-    assert WARNING.format("CIFAR-10", "generated images") in output.splitlines()
 
 
 # The flags of the three scripts.
@@ -619,21 +608,13 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("script", FLAGS)
-def test_help_shows_every_flag_with_its_default(call, monkeypatch, script):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+def test_help_shows_every_flag_with_its_default(call, script):
     flags = {}
     for entry in call(script, "--help").split("\n  --")[1:]:
         flag, _, text = entry.partition(" ")
         shown = re.search(r"\(default: (.*)\)", " ".join(text.split()))
         flags[flag] = shown and shown[1]
     assert flags == {k: None if v is None else str(v) for k, v in FLAGS[script].items()}
-
-
-def test_threads_are_as_many_as_omp_num_threads_says(start):
-    threads = min(2, os.cpu_count() or 1)
-    script = start("cifar.py", "--help", COLUMNS="200", OMP_NUM_THREADS="2")
-    assert script.end() == 0
-    assert re.search(rf"--threads .*\(default: {threads}\)\n", script.output), script.output
 
 
 MODEL = "argument --model: {} must end in .pt and be in an existing, writable directory"

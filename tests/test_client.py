@@ -94,7 +94,7 @@ def test_evaluate_tests_the_given_parameters(made, capsys):
 def test_clients_without_a_seed_shuffle_differently():
     def order(*flags):
         args = client.make_parser().parse_args(["--synthetic", "--num-partitions", "9", *flags])
-        made = client.make_client(args, name="x").numpy_client
+        made = client.make_client(args, name="x")
         return next(iter(made.trainloader))[1].tolist()
 
     assert order() != order()
@@ -109,7 +109,8 @@ def few_images(monkeypatch, tmp_path):
     """Make CIFAR-10 and the generated images 10 images of two classes; return their folder."""
 
     def images(name):
-        return cifar.Images(name, np.zeros((10, 32, 32, 3), np.uint8), np.arange(10) % 2)
+        pixels = torch.zeros(10, 32, 32, 3, dtype=torch.uint8)
+        return cifar.Images(name, pixels, torch.arange(10) % 2, ["cat", "dog"])
 
     both = images("CIFAR-10"), images("CIFAR-10")
     monkeypatch.setattr(cifar, "read_images", lambda root, download: both)
@@ -139,12 +140,12 @@ DATA = {
 @pytest.mark.parametrize("flags", DATA)
 def test_client_says_which_data_it_has(few_images, capsys, flags):
     arguments = ["--data-root", str(few_images), *flags.split()]
-    made = client.make_client(client.make_parser().parse_args(arguments), "myself")
+    made = client.make_client(client.make_parser().parse_args(arguments), "myself").to_client()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Client myself"
     assert lines[1].endswith(": {} training / {} test images".format(*DATA[flags][2]))
     expected = dict(zip(["data", "partition", "images"], DATA[flags]))
-    assert told(made) == {"client": "myself", "classes": "class 0, class 1", **expected}
+    assert told(made) == {"client": "myself", "classes": "cat, dog", **expected}
 
 
 @pytest.fixture
@@ -167,7 +168,8 @@ def test_flowers_engine_gets_the_same_client_again(from_engine):
         return from_engine(run, **{"partition-id": partition_id})
 
     first, second, real = client_of(0), client_of(1), client_of(1, synthetic=False)
-    assert client_of(0) is first and client_of(1) is second and first is not second
+    again = client_of(0), client_of(1)
+    assert [made.numpy_client for made in again] == [first.numpy_client, second.numpy_client]
     for made, number in ((first, 0), (second, 1)):
         assert told(made)["client"] == told(made)["partition"] == f"partition {number}"
     assert told(second)["data"] == "generated images in 2 partitions (alpha 0.5)"
@@ -215,9 +217,9 @@ def assert_alive(opened, own):
 def test_channels_find_a_dead_link_however_they_are_opened(kept_alive):
     own = [("own", 1)]
     for opened in (
-        grpc.insecure_channel("host:1", own, "gzip"),
+        grpc.insecure_channel("host:1", options=own, compression="gzip"),
         grpc.insecure_channel(target="host:1", compression="gzip", options=own),
-        grpc.secure_channel("host:1", "key", tuple(own), "gzip"),
+        grpc.secure_channel("host:1", "key", options=tuple(own), compression="gzip"),
         grpc.secure_channel(credentials="key", target="host:1", options=own, compression="gzip"),
     ):
         assert_alive(opened, {"own": 1})

@@ -452,8 +452,9 @@ def test_server_is_stopped(start_server, busy, name, tmp_path):
     server.process.send_signal(getattr(signal, name))
     assert server.end() == 1
     assert "Traceback" not in server.output
-    stopped = "Stopped after 0 of 3 rounds. Model saved to global_model.pt. "
-    assert server.output.endswith(f"\n{stopped}Restart with --resume to continue.\n")
+    saved = f"Model saved to {tmp_path / 'global_model.pt'}"
+    stopped = f"Stopped after 0 of 3 rounds. {saved}. Restart with --resume to continue."
+    assert server.output.endswith(f"\n{stopped}\n")
     assert history(tmp_path / "global_model.pt") == []
     cifar.load_model(tmp_path / "global_model.pt")
 
