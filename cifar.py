@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import signal
 import socket
 import struct
 import sys
@@ -478,6 +479,8 @@ def model_path(text: str) -> Path:
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's main(): an expected error is one line on stderr and exit code 1."""
+    # Shells have background processes ignore Ctrl-C, as in `client.py & server.py`.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:

@@ -5,7 +5,6 @@ import json
 import os
 import runpy
 import shutil
-import signal
 import sys
 from pathlib import Path
 
@@ -22,8 +21,6 @@ from torchvision.datasets import CIFAR10
 import cifar
 
 torch.set_num_threads(1)  # the scripts that run beside it need the other cores
-# Scripts inherit an ignored Ctrl-C, as of tests that a shell runs in the background, but no handler.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

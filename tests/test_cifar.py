@@ -707,7 +707,9 @@ def test_output_may_be_closed(monkeypatch):
 @needs_posix
 def test_lines_arrive_at_once_and_interrupt_ends_it(start, program):
     forever = "cifar.run_main(lambda: (print('begun'), threading.Event().wait()))\n"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does before `script &`
     script = start(program(f"{AT_EXIT}import threading\n{forever}"))
+    signal.signal(signal.SIGINT, before)
     script.until("begun\n")
     script.process.send_signal(signal.SIGINT)
     assert script.end() == 130
