@@ -7,7 +7,6 @@ python3 cifar.py --evaluate global_model.pt    # evaluate a saved model
 import difflib
 import errno
 import functools
-import http.client
 import io
 import json
 import logging
@@ -17,9 +16,10 @@ import socket
 import struct
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 DATASET = "CIFAR-10"
 DATA_ROOT = "~/data/cifar-10"
@@ -123,9 +123,12 @@ def load_data(
     )
     counts = trainset.labels.bincount(minlength=len(trainset.classes))
     print("Training images per class:", *counts.tolist())
-    trainloader = make_loader(trainset, RandomSampler(trainset), batch_size)
+    # batch_size=None: a dataset gets each of the sampler's lists of indices as it is.
+    batches = BatchSampler(RandomSampler(trainset), batch_size, drop_last=False)
+    trainloader = DataLoader(trainset, sampler=batches, batch_size=None)
     # 250 is the fastest here; the batch size does not change what test() returns.
-    testloader = make_loader(testset, SequentialSampler(testset), 250)
+    batches = BatchSampler(range(len(testset)), 250, drop_last=False)
+    testloader = DataLoader(testset, sampler=batches, batch_size=None)
     return trainloader, testloader, {"trainset": len(trainset), "testset": len(testset)}
 
 
@@ -144,7 +147,7 @@ def train(
     # Train the network
     net.train()
     for epoch in range(epochs):  # loop over the dataset multiple times
-        running_loss = torch.zeros((), device=device)
+        running_loss = 0.0
         for i, (images, labels) in enumerate(trainloader):
             images, labels = images.to(device), labels.to(device)
             # zero the parameter gradients
@@ -155,11 +158,10 @@ def train(
             loss.backward()
             optimizer.step()
             # print statistics
-            running_loss += loss.detach()  # .item() here would wait for the GPU each step
+            running_loss += loss.item()
             if i % 100 == 99 or i + 1 == len(trainloader):  # every 100 mini-batches
-                mean_loss = running_loss.item() / (i % 100 + 1)
-                print(f"[{epoch + 1}, {i + 1:5d}] loss: {mean_loss:.3f}")
-                running_loss.zero_()
+                print(f"[{epoch + 1}, {i + 1:5d}] loss: {running_loss / (i % 100 + 1):.3f}")
+                running_loss = 0.0
 
 
 def test(net: nn.Module, testloader: DataLoader, device: torch.device) -> tuple[float, float]:
@@ -237,7 +239,7 @@ def find_images(data_root: str | Path) -> tuple[Images, Images]:
     try:
         with FileLock(root / ".lock"), redirect_stderr(progress):
             return read_images(root, download=True)
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
+    except (OSError, RuntimeError, HTTPException) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"Cannot download {DATASET} from {DATA_URL} to {root} ({reason}). "
@@ -257,14 +259,14 @@ def synthesize(num_images: int, seed: int) -> Images:
     patterns = coarse[:, :, rows[:, None], columns]
     random = np.random.RandomState(seed)
     images = random.randint(128, size=(num_images, channels, height, width), dtype=np.uint8)
-    labels = np.arange(num_images) % 10
+    labels = torch.arange(num_images) % 10
     shifts = random.randint(-4, 5, size=(num_images, 2))
     for image, label, shift in zip(images, labels, shifts):
         # At most 114, and the noise at most 127: no overflow.
         image += 14 + 100 * np.roll(patterns[label], shift, axis=(1, 2))
     pixels = torch.from_numpy(images).permute(0, 2, 3, 1).contiguous()
     classes = [f"class {i}" for i in range(10)]
-    return Images("generated images", pixels, torch.from_numpy(labels), classes)
+    return Images("generated images", pixels, labels, classes)
 
 
 def partition(
@@ -279,9 +281,8 @@ def partition(
         raise UserError(f"--num-partitions {num_partitions} is too many for {len(labels)} images.")
     random = np.random.RandomState(2019)
     order = random.permutation(len(labels))
-    owners = np.empty(len(labels), dtype=int)  # the partition of each image
-    owners[order] = np.arange(len(labels)) % num_partitions
-    if alpha is not None:
+    owners = order.argsort() % num_partitions  # the partition of each image
+    if alpha:
         for label in np.unique(labels):
             indices = order[labels[order] == label]
             ends = random.dirichlet([alpha] * num_partitions).cumsum() * len(indices)
@@ -293,13 +294,6 @@ def partition(
     return [np.flatnonzero(owners == i) for i in range(num_partitions)]
 
 
-def make_loader(dataset: Images, sampler: Any, batch_size: int) -> DataLoader:
-    """Return a DataLoader that fetches each batch from the dataset in one piece."""
-    batches = BatchSampler(sampler, batch_size, drop_last=False)
-    # batch_size=None: the dataset gets the sampler's lists of indices as they are.
-    return DataLoader(dataset, sampler=batches, batch_size=None)
-
-
 def check_network(net: nn.Module, dataset: Any) -> None:
     """Raise UserError if the model does not fit the images or their classes."""
     images, _ = dataset[[0]]
@@ -307,8 +301,9 @@ def check_network(net: nn.Module, dataset: Any) -> None:
     try:
         num_outputs = net(images.to(DEVICE)).shape[1]
     except RuntimeError as error:
-        shape = tuple(images.shape[1:])
-        raise UserError(f"Net does not fit images of shape {shape}: {error}") from error
+        raise UserError(
+            f"Net does not fit images of shape {tuple(images.shape[1:])}: {error}"
+        ) from error
     num_classes = len(dataset.classes)
     if num_outputs < num_classes:
         raise UserError(f"Net has {num_outputs} outputs, but there are {num_classes} classes.")
@@ -326,7 +321,7 @@ def get_parameters(net: nn.Module) -> list[np.ndarray]:
     return [value.cpu().numpy().copy() for value in shared_state(net).values()]
 
 
-def set_parameters(net: nn.Module, arrays: Sequence[np.ndarray]) -> None:
+def set_parameters(net: nn.Module, arrays: list[np.ndarray]) -> None:
     """Set the shared parameters; raises UserError if the arrays do not fit."""
     state = shared_state(net)
     check_parameters(state, arrays)
@@ -335,10 +330,13 @@ def set_parameters(net: nn.Module, arrays: Sequence[np.ndarray]) -> None:
 
 
 def check_parameters(
-    expected: Mapping[str, Tensor], arrays: Sequence[np.ndarray], limit: float = np.inf
+    expected: dict[str, Tensor], arrays: list[np.ndarray], limit: float = np.inf
 ) -> None:
     """Raise UserError unless the arrays fit `expected`, are finite and within `limit`."""
-    for (name, value), array in zip(expected.items(), arrays):
+    for i, (name, value) in enumerate(expected.items()):
+        if i == len(arrays):
+            raise UserError(f"{name} is missing: got {i} of {len(expected)} parameters")
+        array = arrays[i]
         wanted = f"{value.dtype}{tuple(value.shape)}".removeprefix("torch.")
         got = f"{array.dtype}{array.shape}"
         if got != wanted:
@@ -350,9 +348,6 @@ def check_parameters(
             raise UserError(f"{name}: {weight:g} is implausible (limit {limit:g})")
     if len(arrays) > len(expected):
         raise UserError(f"expected {len(expected)} parameters, got {len(arrays)}")
-    if len(arrays) < len(expected):
-        name = list(expected)[len(arrays)]
-        raise UserError(f"{name} is missing: got {len(arrays)} of {len(expected)} parameters")
 
 
 def load_model(path: Path) -> Net:
@@ -387,24 +382,24 @@ def to_bytes(net: nn.Module) -> bytes:
     return buffer.getvalue()
 
 
-def write_files(contents: Mapping[Path, bytes]) -> None:
+def write_files(contents: dict[Path, bytes]) -> None:
     """Replace all of these files, or none if one cannot be written; raises UserError."""
-    temporary = {path: path.with_name(f"{path.name}.tmp") for path in contents}
     try:
         for path, content in contents.items():
-            with temporary[path].open("wb") as file:
+            with Path(f"{path}.tmp").open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
         for path in contents:
-            temporary[path].replace(path)
+            Path(f"{path}.tmp").replace(path)
     except OSError as error:
-        for leftover in temporary.values():
+        for each in contents:
             with suppress(OSError):
-                leftover.unlink()
+                Path(f"{each}.tmp").unlink()
         hint = " (see ulimit -n)" if error.errno == errno.EMFILE else ""
-        reason = f"{error.strerror}{hint}. The previous file is unchanged."
-        raise UserError(f"Cannot write {path}: {reason}") from error
+        raise UserError(
+            f"Cannot write {path}: {error.strerror}{hint}. The previous file is unchanged."
+        ) from error
 
 
 def read_history(path: Path) -> list[Record] | None:
@@ -436,7 +431,7 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
     add("--threads", number(int, 1, 1024), 1, "PyTorch CPU threads")
 
 
-def parse_config(config: Mapping[str, Any], *parsers: ArgumentParser) -> Namespace:
+def parse_config(config: dict[str, Any], *parsers: ArgumentParser) -> Namespace:
     """Parse a config of Flower's engine as flags of these parsers."""
     parser = ArgumentParser(parents=parsers, conflict_handler="resolve", add_help=False)
     known = [name.replace("_", "-") for name in vars(parser.parse_args([]))]
@@ -450,7 +445,7 @@ def parse_config(config: Mapping[str, Any], *parsers: ArgumentParser) -> Namespa
     return parser.parse_args(arguments)
 
 
-def number(kind: type, low: float, high: float = 2**31 - 1) -> Callable[[str], Any]:
+def number(kind: type, low: float, high: float = 2**31 - 1) -> Callable:
     """Return an argparse type for an int or a float from `low` to `high`, inclusive."""
 
     def number(text: str) -> Any:  # argparse shows this name: "invalid number value"

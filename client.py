@@ -66,8 +66,7 @@ class CifarClient(fl.client.NumPyClient):
         self.set_parameters(parameters)
         loss, accuracy = cifar.test(self.model, self.testloader, device=cifar.DEVICE)
         print(f"Evaluated the new global model: loss {loss:.4f}, accuracy {accuracy:.4f}")
-        metrics = {**self.properties, "accuracy": accuracy}
-        return loss, self.num_examples["testset"], metrics
+        return loss, self.num_examples["testset"], {**self.properties, "accuracy": accuracy}
 
 
 # Utilities: skip on first reading. Connection, flags, Flower's engine; main() is last.
@@ -118,36 +117,46 @@ HINTS = {  # what gRPC says, and what it means
 }
 
 
-def probe(address: str, root_certificates: bytes | None) -> None:
-    """Raise grpc.RpcError if no server answers within 5 s."""
-    with create_channel(address, not root_certificates, root_certificates) as channel:
-        try:
-            channel.unary_unary("/flwr.proto.FlowerService/Probe")(b"", timeout=5)
-        except grpc.RpcError as error:
-            # There is no such method: UNIMPLEMENTED proves that a server is up.
-            if error.code() is not grpc.StatusCode.UNIMPLEMENTED:
-                raise
+def wait_for_server(args: Namespace) -> None:
+    """Return once the server answers; raises UserError if it does not within --wait."""
+    deadline = time.monotonic() + args.wait
+    last_reason = ""
+    while True:
+        insecure = not args.root_certificates
+        with create_channel(args.server_address, insecure, args.root_certificates) as channel:
+            try:
+                channel.unary_unary("/flwr.proto.FlowerService/Probe")(b"", timeout=5)
+                return
+            except grpc.RpcError as error:
+                # There is no such method: UNIMPLEMENTED proves that a server is up.
+                if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    return
+                details = error.details().rpartition("last error: ")[2]  # of several addresses
+        reason = next((hint for key, hint in HINTS.items() if key in details), details)
+        if time.monotonic() > deadline:
+            raise cifar.UserError(
+                f"No server at {args.server_address} for {args.wait:g} s: {reason}."
+            )
+        if reason != last_reason:
+            print(f"Waiting for the server at {args.server_address}: {reason}")
+        last_reason = reason
+        time.sleep(0.5)
 
 
-def keep_alive() -> None:
-    """Have gRPC's channels detect a dead link, which by default they never do.
+def keep_alive(open_channel: Callable) -> Callable:
+    """Have a function that opens gRPC channels add options that detect a dead link.
 
-    Flower takes no channel options and gRPC reads none from the environment, so this
-    wraps the functions that open channels. gRPC servers allow a ping every 5 minutes.
+    By default, channels never do. gRPC servers allow a ping every 5 minutes.
     """
     keepalive = [
         ("grpc.keepalive_time_ms", 310_000),
         ("grpc.http2.max_pings_without_data", 0),  # 0: no limit
     ]
 
-    def with_keepalive(open_channel: Callable) -> Callable:
-        def opened(*args: Any, options: Any = (), **kwargs: Any) -> grpc.Channel:
-            return open_channel(*args, options=[*(options or ()), *keepalive], **kwargs)
+    def opened(*args: Any, options: Any = (), **kwargs: Any) -> grpc.Channel:
+        return open_channel(*args, options=[*(options or ()), *keepalive], **kwargs)
 
-        return opened
-
-    grpc.insecure_channel = with_keepalive(grpc.insecure_channel)
-    grpc.secure_channel = with_keepalive(grpc.secure_channel)
+    return opened
 
 
 def certificate(text: str) -> bytes:
@@ -198,41 +207,31 @@ app = fl.client.ClientApp(client_fn=client_fn)
 def main() -> None:
     """Load data, start CifarClient."""
     args = make_parser().parse_args()
-    address = args.server_address
-    certificates = args.root_certificates
     # Load model and data
-    client = make_client(args, name=f"{platform.node()}-{os.getpid()}")
+    client = make_client(args, f"{platform.node()}-{os.getpid()}")
+    # Wrap these: Flower takes no channel options, and gRPC none from the environment.
+    grpc.insecure_channel = keep_alive(grpc.insecure_channel)
+    grpc.secure_channel = keep_alive(grpc.secure_channel)
     # Start client
-    keep_alive()
-    deadline = time.monotonic() + args.wait
-    last_reason = ""
     while True:
-        connected = False
+        wait_for_server(args)
+        print(f"Connected to the server at {args.server_address}")
         try:
-            probe(address, certificates)
-            connected = True
-            print(f"Connected to the server at {address}")
             fl.client.start_client(
-                server_address=address, client=client.to_client(), root_certificates=certificates
+                server_address=args.server_address,
+                client=client.to_client(),
+                root_certificates=args.root_certificates,
             )
             break
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                 raise cifar.UserError(
-                    f"The service at {address} is not a Flower server (wrong port?)."
+                    f"The service at {args.server_address} is not a Flower server (wrong port?)."
                 ) from error
-            details = error.details().rpartition("last error: ")[2]  # of several addresses
-        reason = next((hint for key, hint in HINTS.items() if key in details), details)
-        if connected:
-            deadline = time.monotonic() + args.wait
             print(
-                f"Connection to the server lost ({reason}), reconnecting for up to {args.wait:g} s"
+                f"Connection to the server lost ({error.details()}), "
+                f"reconnecting for up to {args.wait:g} s"
             )
-        elif time.monotonic() > deadline:
-            raise cifar.UserError(f"No server at {address} for {args.wait:g} s: {reason}.")
-        elif reason != last_reason:
-            print(f"Waiting for the server at {address}: {reason}")
-        last_reason = reason
         time.sleep(0.5)
     print("Run ended by the server")
 

@@ -9,13 +9,11 @@ import hashlib
 import io
 import json
 import ssl
-import sys
 import threading
 import time
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from tokenize import TokenError
@@ -30,15 +28,23 @@ import numpy as np
 import torch
 from cryptography import x509
 from filelock import FileLock, Timeout
-from flwr.common import Code, EvaluateRes, FitRes, GetPropertiesIns, Metrics, Parameters
+from flwr.common import (
+    Code,
+    EvaluateRes,
+    FitRes,
+    GetPropertiesIns,
+    Metrics,
+    Parameters,
+    ndarrays_to_parameters,
+    parameters_to_ndarrays,
+)
 from flwr.common.args import try_obtain_server_certificates
-from flwr.server import ClientManager, History, SimpleClientManager
+from flwr.server import ClientManager, History, ServerConfig, SimpleClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.server import evaluate_clients, fit_clients
 from flwr.server.strategy import Strategy
 from flwr.server.strategy.aggregate import weighted_loss_avg
 from flwr.server.superlink.fleet.grpc_bidi.grpc_bridge import GrpcBridgeClosed
-from numpy.lib.format import read_array
 
 
 def make_strategy(parameters: Parameters, config: Metrics) -> Strategy:
@@ -54,14 +60,16 @@ def make_strategy(parameters: Parameters, config: Metrics) -> Strategy:
 
 
 class CifarServer(fl.server.Server):
-    """Flower server that logs its rounds, checks what it receives, and saves the model."""
+    """Flower server that logs its rounds, checks results, and saves the model."""
 
     def __init__(self, args: Namespace, client_manager: ClientManager) -> None:
         super().__init__(client_manager=client_manager)
-        self.set_max_workers(1000)  # threads, one per client; Flower's default is 32
+        self.max_workers = 1000  # threads, one per client; Flower's default is 32
         self.args = args
+        self.round = 0
+        self.timeout: float | None = None
         self.logged: set[str] = set()  # by log_once()
-        self.lock = FileLock(args.model.with_suffix(".lock"))  # held until the process ends
+        self.lock = FileLock(args.model.with_suffix(".lock"))  # held until the end
         try:
             self.lock.acquire(timeout=0)
         except Timeout as error:
@@ -71,12 +79,12 @@ class CifarServer(fl.server.Server):
         if args.seed is not None:
             torch.manual_seed(args.seed)
         net, self.history = open_run(args.model, args.resume)
-        self.parameters = fl.common.ndarrays_to_parameters(cifar.get_parameters(net))
+        self.parameters = ndarrays_to_parameters(cifar.get_parameters(net))
         with torch.device("meta"):  # names, types and shapes only: it takes no memory
             self.expected = cifar.shared_state(cifar.Net())
         self.start_strategy()
         if not args.resume:
-            self.save([])
+            self.save()
 
     def start_strategy(self) -> None:
         """Make the strategy, which starts from the global model."""
@@ -86,50 +94,52 @@ class CifarServer(fl.server.Server):
     def fit(self, num_rounds: int, timeout: float | None) -> tuple[History, float]:
         """Run the remaining rounds; raises UserError after three consecutive failures."""
         start = time.monotonic()
+        self.timeout = timeout
         failed = 0
         initial = self.strategy.initialize_parameters(self.client_manager())
         if not self.history:
             self.parameters = self.check_aggregate(initial or self.parameters)
-            if centralized := self.evaluate_centralized(0, self.parameters):
-                print(f"Initial model: centralized {to_json(centralized)}")
+            if metrics := self.evaluate_centralized(self.parameters):
+                print(f"Initial model: centralized {json.dumps(metrics, default=to_plain)}")
         while len(self.history) < num_rounds:
             try:
-                record = self.run_round(timeout)
+                record = self.run_round()
             except ClientsLost as error:
                 self.log(f"failed ({error}), global model unchanged, trying again")
                 continue
             except UserError as error:
                 failed += 1
                 self.log(f"failed ({error}), global model unchanged, attempt {failed} of 3")
-                if failed < 3:
-                    continue
-                raise UserError(
-                    "Giving up after 3 failed attempts. Restart with --resume to continue."
-                ) from error
+                if failed == 3:
+                    raise UserError(
+                        "Giving up after 3 failed attempts. Restart with --resume to continue."
+                    ) from error
+                self.start_strategy()  # its momentum, say, may include a bad aggregate
+                self.strategy.initialize_parameters(self.client_manager())
+                continue
             failed = 0
             self.log_results(record)
+            self.history.append(record)
             try:
-                self.save([*self.history, record])
+                self.save()
             except UserError as error:
-                if record["round"] == num_rounds:
+                if self.round == num_rounds:
                     raise
                 self.log(f"{error} Trying again after the next round.")
-            self.history.append(record)
-        print_history(self.history, self.args.model)
+        self.print_history()
         return History(), time.monotonic() - start
 
-    def run_round(self, timeout: float | None) -> Record:
-        """Run one round and return its record; raises UserError if there is no new model."""
-        server_round = len(self.history) + 1
+    def run_round(self) -> Record:
+        """Run one round and return its record; raises UserError if it fails."""
+        self.round = len(self.history) + 1
         clients = self.client_manager()
 
         # Wait for enough clients.
-        wait_for_clients(clients, self.args.min_clients)
+        available = self.wait_for_clients()
         start = time.monotonic()
 
         # Choose the clients that train, and what to send them: parameters and settings.
-        available = clients.num_available()
-        to_train = self.strategy.configure_fit(server_round, self.parameters, clients)
+        to_train = self.strategy.configure_fit(self.round, self.parameters, clients)
         if not to_train:
             raise UserError(
                 f"the strategy chose none of {available} clients: "
@@ -137,39 +147,42 @@ class CifarServer(fl.server.Server):
             )
         self.log(f"training on {len(to_train)} of {available} clients")
 
-        # Train, each client on its own images. Updates that cannot be aggregated, or would
-        # swamp the others, are rejected: they are among the failures.
-        weights = map(np.abs, fl.common.parameters_to_ndarrays(self.parameters))
-        self.limit = 1000 * max(1, *(array.max(initial=0) for array in weights))
-        updates, failures = self.collect(fit_clients, to_train, server_round, timeout)
+        # Train, each client on its own images. Updates that cannot be aggregated, or
+        # would swamp the others, are rejected: they are among the failures.
+        weights = map(np.abs, parameters_to_ndarrays(self.parameters))
+        self.limit = 1000 * max(array.max(initial=1) for array in weights)
+        updates, failures = self.collect(fit_clients, to_train)
         data = self.compare_data(updates)
 
-        # Aggregate. FedAvg: w = sum of n_k / n * w_k over the clients k, where client k has
-        # n_k of all n images and sent the weights w_k. Updates arrive in any order, and a sum
-        # of floats depends on it: sort them, so that a run can be repeated exactly.
+        # Aggregate. FedAvg: w = sum of n_k / n * w_k over the clients k, where client k
+        # has n_k of all n images and sent the weights w_k. Updates arrive in any order,
+        # and a sum of floats depends on it: sort them, to make a run repeatable.
         updates.sort(key=lambda update: update[1].parameters.tensors)
         num_updates = len(updates)
-        aggregate, fit_metrics = self.strategy.aggregate_fit(server_round, updates, failures)
+        aggregate, fit_metrics = self.strategy.aggregate_fit(self.round, updates, failures)
         if not aggregate:
             reason = "the strategy returned no parameters" if updates else "no usable updates"
-            only_lost = failures and all(isinstance(each, GrpcBridgeClosed) for each in failures)
+            only_lost = {type(each) for each in failures} == {GrpcBridgeClosed}
             raise ClientsLost(reason) if only_lost else UserError(reason)
         del updates, failures  # free the memory: they hold a model per client
+        aggregate = self.check_aggregate(aggregate)
 
         # Evaluate the aggregate: at the server if the strategy does, and on the clients.
-        try:
-            aggregate = self.check_aggregate(aggregate)
-            centralized = self.evaluate_centralized(server_round, aggregate)
-            loss, metrics = self.evaluate(server_round, aggregate, timeout)
-        except UserError:
-            self.start_strategy()  # its momentum, say, may include the bad aggregate
-            self.strategy.initialize_parameters(self.client_manager())
-            raise
+        centralized = self.evaluate_centralized(aggregate)
+        to_evaluate = self.strategy.configure_evaluate(self.round, aggregate, clients)
+        results, failures = self.collect(evaluate_clients, to_evaluate)
+        rejected = sum(isinstance(each, tuple) for each in failures)
+        if rejected > len(results):
+            raise UserError("most clients cannot evaluate the aggregate")
+        loss = None
+        metrics: Metrics = {}
+        if to_evaluate:
+            loss, metrics = self.strategy.aggregate_evaluate(self.round, results, failures)
 
         # From now on, the aggregate is the global model.
         self.parameters = aggregate
         return {
-            "round": server_round,
+            "round": self.round,
             "loss": loss,
             "accuracy": metrics.get("accuracy"),
             "clients": num_updates,
@@ -181,63 +194,59 @@ class CifarServer(fl.server.Server):
             "strategy": type(self.strategy).__name__,
             "config": to_train[0][1].config,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {"flwr": fl.__version__, "torch": str(torch.__version__)},
+            "versions": {"flwr": fl.__version__, "torch": torch.__version__},
         }
 
-    def evaluate_centralized(self, server_round: int, parameters: Parameters) -> Metrics:
+    def wait_for_clients(self) -> int:
+        """Block until --min-clients are connected; return how many are."""
+        clients = self.client_manager()
+        wanted = self.args.min_clients
+        connected = -1
+        while (available := clients.num_available()) < wanted:
+            if available != connected:
+                print(f"Waiting for clients: {available} of {wanted} connected")
+            connected = available
+            clients.wait_for(connected + 1, timeout=1)  # s; clients may also leave
+        return available
+
+    def evaluate_centralized(self, parameters: Parameters) -> Metrics:
         """Return loss and metrics of the strategy's own evaluation, if it has one."""
-        evaluation = self.strategy.evaluate(server_round, parameters)
+        evaluation = self.strategy.evaluate(self.round, parameters)
         return {"loss": evaluation[0], **evaluation[1]} if evaluation else {}
 
-    def evaluate(
-        self, server_round: int, parameters: Parameters, timeout: float | None
-    ) -> tuple[float | None, Metrics]:
-        """Return loss and metrics of the clients' evaluations; raises UserError."""
-        clients = self.client_manager()
-        asked = self.strategy.configure_evaluate(server_round, parameters, clients)
-        if not asked:
-            return None, {}
-        results, failures = self.collect(evaluate_clients, asked, server_round, timeout)
-        rejected = [each for each in failures if isinstance(each, tuple)]
-        if len(rejected) > len(results):
-            raise UserError("most clients cannot evaluate the aggregate")
-        # In a fixed order, as in run_round().
-        results.sort(key=lambda pair: (pair[1].loss, pair[1].num_examples))
-        return self.strategy.aggregate_evaluate(server_round, results, failures)
+    def collect(self, send: Callable, asked: list) -> tuple[list, list]:
+        """Send instructions; return usable (client, result) pairs, and failures.
 
-    def collect(
-        self, send: Callable, asked: list, server_round: int, timeout: float | None
-    ) -> tuple[list, list]:
-        """Send instructions to clients; return usable (client, result) pairs, and failures.
-
-        A failure is an exception or a rejected (client, result) pair. Logs rejected results
-        and lost clients; raises UserError for any exception but a lost connection.
+        A failure is a lost connection or a rejected (client, result) pair: logs both.
+        Raises UserError for any other exception.
         """
         start = time.monotonic()
-        results, failures = send(asked, self.max_workers, timeout, server_round)
-        errors = [each for each in failures if not isinstance(each, tuple)]
-        for error in errors:
-            if not isinstance(error, GrpcBridgeClosed):
-                raise UserError(f"{type(error).__name__}: {error}") from error
+        results, errors = send(asked, self.max_workers, self.timeout, self.round)
         usable = []
-        rejected = []
-        lost = {client.cid: client for client, _ in asked}
-        for client, result in [*results, *(each for each in failures if isinstance(each, tuple))]:
-            del lost[client.cid]
-            client.properties.update(result.metrics)  # Flower's engine asks for no properties
+        failures = []
+        lost = [client for client, _ in asked]
+        for answer in errors + results:
+            if isinstance(answer, GrpcBridgeClosed):
+                failures.append(answer)
+                continue
+            if isinstance(answer, BaseException):
+                raise UserError(f"{type(answer).__name__}: {answer}") from answer
+            client, result = answer
+            lost.remove(client)
+            client.properties.update(result.metrics)  # in the engine, nobody asks
             try:
                 self.check_result(result)
-                usable.append((client, result))
+                usable.append(answer)
             except UserError as error:
                 kind = "update" if isinstance(result, FitRes) else "evaluation"
                 self.log(f"{kind} from client {name_of(client)!r} rejected: {error}")
-                rejected.append((client, result))
-        for client in lost.values():
+                failures.append(answer)
+        for client in lost:
             seconds = getattr(client, "disconnected", time.monotonic()) - start
-            late = timeout and seconds >= timeout
-            reason = f"timed out after {timeout:g} s" if late else "disconnected"
+            late = self.timeout and seconds >= self.timeout
+            reason = f"timed out after {self.timeout:g} s" if late else "disconnected"
             self.log(f"client {name_of(client)!r} lost: {reason}")
-        return usable, errors + rejected
+        return usable, failures
 
     def check_result(self, result: FitRes | EvaluateRes) -> None:
         """Raise UserError if a client's result cannot be aggregated."""
@@ -251,32 +260,37 @@ class CifarServer(fl.server.Server):
             if not (number and 0 <= accuracy <= 1 and 0 <= result.loss < 1e30):
                 raise UserError(f"loss {result.loss:g}, accuracy {accuracy!r}")
             return
-        cifar.check_parameters(self.expected, decode(result.parameters.tensors), self.limit)
+        files = map(io.BytesIO, result.parameters.tensors)
+        try:
+            arrays = [np.lib.format.read_array(file, allow_pickle=False) for file in files]
+        except (ValueError, TypeError, OverflowError, MemoryError, TokenError) as error:
+            raise UserError("unreadable parameters") from error
+        cifar.check_parameters(self.expected, arrays, self.limit)
 
     def check_aggregate(self, aggregate: Parameters) -> Parameters:
-        """Return the aggregate in the model's types; raises UserError if it does not fit."""
-        arrays = fl.common.parameters_to_ndarrays(aggregate)
+        """Return the aggregate in the model's types; raises UserError."""
+        arrays = parameters_to_ndarrays(aggregate)
         for i, (array, own) in enumerate(zip(arrays, self.expected.values())):
             arrays[i] = torch.from_numpy(array).to(own.dtype).numpy()
         cifar.check_parameters(self.expected, arrays)
-        return fl.common.ndarrays_to_parameters(arrays)
+        return ndarrays_to_parameters(arrays)
 
-    def compare_data(self, updates: list[tuple[ClientProxy, FitRes]]) -> str:
-        """Log each client's data, warn if they do not match, and return what they are."""
-        seen: dict[str, Counter] = {key: Counter() for key in ("data", "partition", "classes")}
-        for client, result in updates:
-            told = {key: str(result.metrics.get(key, "unknown"))[:1000] for key in seen}
-            self.log_once(f"client {name_of(client)!r}: {told['data']}, {told['partition']}")
-            for key, value in told.items():
-                seen[key][value] += 1
+    def compare_data(self, updates: list) -> str:
+        """Log the clients' data, warn if they do not match, and return them."""
+        told = {
+            key: [str(result.metrics.get(key, "unknown"))[:1000] for _, result in updates]
+            for key in ("data", "partition", "classes")
+        }
+        for (client, _), data, partition in zip(updates, told["data"], told["partition"]):
+            self.log_once(f"client {name_of(client)!r}: {data}, {partition}")
         for key in ("data", "classes"):
-            if len(seen[key]) > 1:
-                different = " / ".join(sorted(seen[key]))
-                self.log_once(f"Warning: the clients' {key} differ: {different}")
-        for partition, count in seen["partition"].items():
+            different = sorted(set(told[key]))
+            if len(different) > 1:
+                self.log_once(f"Warning: the clients' {key} differ: {' / '.join(different)}")
+        for partition, count in Counter(told["partition"]).items():
             if count > 1 and partition.startswith("partition"):
                 self.log_once(f"Warning: {count} clients use {partition}")
-        return " / ".join(sorted(seen["data"]))[:100]
+        return " / ".join(sorted(set(told["data"])))[:100]
 
     def log_results(self, record: Record) -> None:
         """Log the results of a round."""
@@ -286,7 +300,18 @@ class CifarServer(fl.server.Server):
         )
         for key in ("metrics", "fit_metrics", "centralized"):
             if record[key] and record[key] != {"accuracy": record["accuracy"]}:
-                self.log(f"{key} {to_json(record[key])}")
+                self.log(f"{key} {json.dumps(record[key], default=to_plain)}")
+
+    def print_history(self) -> None:
+        """Print a table of the rounds, and where the model is."""
+        print("\nround    loss  accuracy  clients  seconds")
+        for record in self.history:
+            print(
+                f"{record['round']:>5} {column(record, 'loss'):>7}  "
+                f"{column(record, 'accuracy'):>8}  {column(record, 'clients', 'd'):>7}  "
+                f"{column(record, 'seconds', '.1f'):>7}"
+            )
+        print(f"Model: {self.args.model}")
 
     def log_once(self, message: str) -> None:
         """Log a message only once per run."""
@@ -297,16 +322,16 @@ class CifarServer(fl.server.Server):
     def log(self, message: str) -> None:
         """Print a line about the round, escaped: parts of it come from clients."""
         text = repr(message[:300])[1:-1]
-        print(f"Round {len(self.history) + 1}/{self.args.rounds}: {text}")
+        print(f"Round {self.round}/{self.args.rounds}: {text}")
 
-    def save(self, history: list[Record]) -> None:
+    def save(self) -> None:
         """Save model and history; raises UserError."""
         net = cifar.Net()
-        cifar.set_parameters(net, fl.common.parameters_to_ndarrays(self.parameters))
+        cifar.set_parameters(net, parameters_to_ndarrays(self.parameters))
         model = cifar.to_bytes(net)
-        if history:
-            history[-1]["model"] = hashlib.sha256(model).hexdigest()
-        text = to_json(history, indent=2) + "\n"
+        if self.history:
+            self.history[-1]["model"] = hashlib.sha256(model).hexdigest()
+        text = json.dumps(self.history, indent=2, default=to_plain) + "\n"
         path = self.args.model
         cifar.write_files({path.with_suffix(".json"): text.encode(), path: model})
 
@@ -315,7 +340,7 @@ class CifarServer(fl.server.Server):
 
 
 class ClientsLost(UserError):
-    """The round failed only because clients were lost: it does not count as an attempt."""
+    """The round failed only because clients were lost: no failed attempt."""
 
 
 class Clients(SimpleClientManager):
@@ -342,12 +367,13 @@ class ConnectedClients(Clients):
 
     def ask(self, client: ClientProxy) -> None:
         """Ask the client for its properties, and list it unless it disconnects."""
-        with suppress(GrpcBridgeClosed):
-            res = client.get_properties(GetPropertiesIns({}), timeout=None, group_id=None)
-            client.properties = res.properties
-            super().register(client)
-            if hasattr(client, "disconnected"):  # meanwhile
-                super().unregister(client)
+        try:
+            client.properties = client.get_properties(GetPropertiesIns({}), None, None).properties
+        except GrpcBridgeClosed:
+            return
+        super().register(client)
+        if hasattr(client, "disconnected"):  # meanwhile
+            super().unregister(client)
 
     def unregister(self, client: ClientProxy) -> None:
         """Remove the client, and note when it disconnected."""
@@ -358,37 +384,24 @@ class ConnectedClients(Clients):
 class StandaloneServer(CifarServer):
     """CifarServer for start_server(), which stops gRPC only if fit() returns."""
 
-    error: BaseException | None = None
+    error: BaseException | None = None  # for main() to raise
 
     def fit(self, num_rounds: int, timeout: float | None) -> tuple[History, float]:
-        """Run the rounds; keep the exception that ends them for main() to raise."""
+        """Run the rounds; keep the exception that ends them."""
         try:
             return super().fit(num_rounds, timeout)
+        except SystemExit:  # Flower's answer to Ctrl-C and SIGTERM
+            self.error = UserError(
+                f"Stopped after {len(self.history)} of {num_rounds} rounds. "
+                f"Model saved to {self.args.model}. Restart with --resume to continue."
+            )
         except BaseException as error:  # noqa: BLE001
             self.error = error
-            return History(), 0.0
+        return History(), 0.0
 
     def disconnect_all_clients(self, timeout: float | None) -> None:
         """Disconnect the clients; one may never answer, so wait at most 10 s."""
         super().disconnect_all_clients(timeout=10)
-
-
-def wait_for_clients(clients: ClientManager, min_clients: int) -> None:
-    """Block until `min_clients` are connected."""
-    connected = -1
-    while (available := clients.num_available()) < min_clients:
-        if available != connected:
-            print(f"Waiting for clients: {available} of {min_clients} connected")
-        connected = available
-        clients.wait_for(connected + 1, timeout=1)  # s; clients may also leave
-
-
-def decode(tensors: list[bytes]) -> list[np.ndarray]:
-    """Return the arrays in a client's result; raises UserError."""
-    try:
-        return [read_array(io.BytesIO(tensor), allow_pickle=False) for tensor in tensors]
-    except (ValueError, TypeError, OverflowError, MemoryError, TokenError) as error:
-        raise UserError("unreadable parameters") from error
 
 
 def average_accuracy(metrics: list[tuple[int, Metrics]]) -> Metrics:
@@ -402,28 +415,15 @@ def name_of(client: ClientProxy) -> str:
     return str(client.properties.get("client", client.cid))[:100]
 
 
-def to_json(value: Any, indent: int | None = None) -> str:
-    """Return JSON; scalars of NumPy and PyTorch become numbers, other objects text."""
-    return json.dumps(
-        value, indent=indent, default=lambda other: getattr(other, "item", other.__str__)()
-    )
+def to_plain(value: Any) -> Any:
+    """Return scalars of NumPy and PyTorch as numbers, and other objects as text."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def column(record: Record, key: str, form: str = ".4f") -> str:
     """Return a value of a record as text, "-" if it is missing."""
     value = record.get(key)
     return "-" if value is None else format(value, form)
-
-
-def print_history(history: list[Record], path: Path) -> None:
-    """Print a table of the rounds, and where the model is."""
-    print("\nround    loss  accuracy  clients  seconds")
-    for record in history:
-        print(
-            f"{record['round']:>5} {column(record, 'loss'):>7}  {column(record, 'accuracy'):>8}"
-            f"  {column(record, 'clients', 'd'):>7}  {column(record, 'seconds', '.1f'):>7}"
-        )
-    print(f"Model: {path}")
 
 
 def open_run(path: Path, resume: bool) -> tuple[cifar.Net, list[Record]]:
@@ -451,7 +451,7 @@ def open_run(path: Path, resume: bool) -> tuple[cifar.Net, list[Record]]:
             print(f"Warning: {path} is not the model of any round in {history_path}")
         return net, history
     old = [file for file in (history_path, path) if file.exists()]
-    if history == [] and len(old) == 2:
+    if history == []:
         old = []  # that run finished no round
     number = 1
     while any(file.with_stem(f"{path.stem}-{number}").exists() for file in old):
@@ -475,13 +475,11 @@ def read_certificates(args: Namespace) -> tuple[bytes, bytes, bytes] | None:
         tls.load_cert_chain(args.ssl_certfile, args.ssl_keyfile, password="")
     except ssl.SSLError as error:
         raise UserError(f"Invalid TLS certificate or key in {flags}: {error}.") from error
-    certificate = x509.load_pem_x509_certificate(args.ssl_certfile.read_bytes())
-    first, last = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    if not first <= datetime.now(UTC) <= last:
+    own = x509.load_pem_x509_certificate(args.ssl_certfile.read_bytes())
+    if not own.not_valid_before_utc <= datetime.now(UTC) <= own.not_valid_after_utc:
         print(
-            "Warning: clients reject --ssl-certfile: "
-            f"it is valid from {first:%Y-%m-%d} to {last:%Y-%m-%d}",
-            file=sys.stderr,
+            "Warning: clients reject --ssl-certfile: it is valid "
+            f"from {own.not_valid_before_utc:%Y-%m-%d} to {own.not_valid_after_utc:%Y-%m-%d}"
         )
     return certificates
 
@@ -514,7 +512,7 @@ def server_fn(context: fl.common.Context) -> fl.server.ServerAppComponents:
     import client  # lazy import: only the engine mixes the flags of both scripts
 
     args = cifar.parse_config(context.run_config, client.make_parser(), make_parser())
-    config = fl.server.ServerConfig(args.rounds, args.round_timeout)
+    config = ServerConfig(args.rounds, args.round_timeout)
     return fl.server.ServerAppComponents(server=CifarServer(args, Clients()), config=config)
 
 
@@ -529,28 +527,23 @@ def main() -> None:
     if not certificates and not local:
         print(
             f"Warning: no TLS on {args.server_address}: anyone who can reach it can join, read "
-            'and modify the model. See "Several machines" in README.md.',
-            file=sys.stderr,
+            'and modify the model. See "Several machines" in README.md.'
         )
     server = StandaloneServer(args, ConnectedClients())
     if len(server.history) >= args.rounds:
         print(f"All {args.rounds} rounds are done: raise --rounds to continue.")
-        print_history(server.history, args.model)
+        server.print_history()
         return
-    tls = "on" if certificates else "off"
-    strategy = type(server.strategy).__name__
-    print(f"Listening on {args.server_address}, TLS {tls}, strategy {strategy}")
+    print(
+        f"Listening on {args.server_address}, TLS {'on' if certificates else 'off'}, "
+        f"strategy {type(server.strategy).__name__}"
+    )
     fl.server.start_server(
         server_address=args.server_address,
         server=server,
-        config=fl.server.ServerConfig(args.rounds, args.round_timeout),
+        config=ServerConfig(args.rounds, args.round_timeout),
         certificates=certificates,
     )
-    if isinstance(server.error, SystemExit):  # Flower's answer to Ctrl-C and SIGTERM
-        raise UserError(
-            f"Stopped after {len(server.history)} of {args.rounds} rounds. "
-            f"Model saved to {args.model}. Restart with --resume to continue."
-        )
     if server.error:
         raise server.error
 

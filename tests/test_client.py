@@ -15,6 +15,7 @@ from flwr.common import (
     ndarrays_to_parameters,
 )
 from helpers import assert_equal
+from torch.utils.data import BatchSampler, DataLoader
 
 import cifar
 import client
@@ -26,7 +27,7 @@ PROPERTIES = {"client": "me", "data": "generated images", "partition": "all of i
 def made():
     """Return a client on 320 generated images, tested on 100."""
     trainloader, testloader = (
-        cifar.make_loader(images, torch.utils.data.SequentialSampler(images), batch_size=32)
+        DataLoader(images, sampler=BatchSampler(range(len(images)), 32, False), batch_size=None)
         for images in (cifar.synthesize(320, seed=1), cifar.synthesize(100, seed=2))
     )
     num_examples = {"trainset": 320, "testset": 100}
@@ -196,12 +197,11 @@ def secure_channel(target, credentials, options=None, compression=None):
 
 @pytest.fixture
 def kept_alive(monkeypatch):
-    """Call keep_alive() on functions that open nothing, but have gRPC's signatures."""
+    """Wrap functions that open nothing, but have gRPC's signatures, as main() wraps gRPC's."""
     for stand_in in (insecure_channel, secure_channel):
         real = inspect.signature(getattr(grpc, stand_in.__name__))
         assert list(real.parameters) == list(inspect.signature(stand_in).parameters)
-        monkeypatch.setattr(grpc, stand_in.__name__, stand_in)
-    client.keep_alive()
+        monkeypatch.setattr(grpc, stand_in.__name__, client.keep_alive(stand_in))
 
 
 def assert_alive(opened, own):
