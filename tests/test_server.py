@@ -241,6 +241,7 @@ BAD_UPDATES = [
     (lambda: fit_res(weights(), 10**9 + 1), "1000000001 examples"),
     (lambda: tensors(b"x" * 10), "unreadable parameters"),
     (lambda: tensors(b"\x93NUMPY junk", b""), "unreadable parameters"),
+    (lambda: tensors(b"\x93NUMPY\x01\x00\x01\x00("), "unreadable parameters"),  # a header left open
     (lambda: tensors(*[archive()] * 10), "unreadable parameters"),
     (lambda: tensors(*[TENSORS[0][:-8]] * 10), "unreadable parameters"),
     (lambda: CANNOT, "FIT_NOT_IMPLEMENTED, cannot"),
@@ -916,6 +917,18 @@ def test_strategy_forgets_a_failed_round(make, use_strategy):
 
     good, bad = (1, evaluate_res()), (5, evaluate_res(np.nan))
     assert_equal(run(bad, good), run(good))
+
+
+def test_strategy_keeps_its_state_if_clients_are_lost(make, use_strategy):
+    use_strategy(strategies.FedAdam, eta=0.1)
+
+    def run(*updates):
+        made = make(Client(each_time(*updates)))
+        made.fit(2, None)
+        return arrays_of(made)
+
+    first, second = fit_res(weights(1)), fit_res(weights(2))
+    assert_equal(run(first, GrpcBridgeClosed(), second), run(first, second))
 
 
 def test_strategy_may_hold_clients_and_locks(make, use_strategy):
