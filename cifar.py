@@ -281,11 +281,12 @@ def partition(
         raise UserError(f"--num-partitions {num_partitions} is too many for {len(labels)} images.")
     random = np.random.RandomState(2019)
     order = random.permutation(len(labels))
-    owners = order.argsort() % num_partitions  # the partition of each image
+    owners = order.argsort() % num_partitions  # the partition of each image, at random
     if alpha:
         for label in np.unique(labels):
             indices = order[labels[order] == label]
             ends = random.dirichlet([alpha] * num_partitions).cumsum() * len(indices)
+            # Each partition gets the images up to the end of its share.
             owners[indices] = ends[:-1].searchsorted(np.arange(len(indices)) + 1)
         for i in range(num_partitions):
             if i not in owners:  # a client cannot train without images: take one

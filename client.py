@@ -144,9 +144,9 @@ def wait_for_server(args: Namespace) -> None:
 
 
 def keep_alive(open_channel: Callable) -> Callable:
-    """Have a function that opens gRPC channels add options that detect a dead link.
+    """Wrap a function that opens gRPC channels, so that they detect a dead link.
 
-    By default, channels never do. gRPC servers allow a ping every 5 minutes.
+    By default, they never do. gRPC servers allow a ping every 5 minutes.
     """
     keepalive = [
         ("grpc.keepalive_time_ms", 310_000),
@@ -232,7 +232,7 @@ def main() -> None:
                 f"Connection to the server lost ({error.details()}), "
                 f"reconnecting for up to {args.wait:g} s"
             )
-        time.sleep(0.5)
+        time.sleep(0.5)  # back off: the server may be rejecting connections
     print("Run ended by the server")
 
 
