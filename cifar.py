@@ -53,7 +53,7 @@ class Net(nn.Module):
         self.fc3 = nn.Linear(84, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        # ReLU after pooling: the same numbers as before it, on a quarter of the pixels.
+        # ReLU after pooling: the same result as before pooling, on a quarter of the pixels.
         x = F.relu(self.pool(self.conv1(x)))
         x = F.relu(self.pool(self.conv2(x)))
         x = torch.flatten(x, 1)
@@ -123,7 +123,7 @@ def load_data(
     )
     counts = trainset.labels.bincount(minlength=len(trainset.classes))
     print("Training images per class:", *counts.tolist())
-    # batch_size=None: a dataset gets each of the sampler's lists of indices as it is.
+    # batch_size=None: the dataset gets each list of indices as it is.
     batches = BatchSampler(RandomSampler(trainset), batch_size, drop_last=False)
     trainloader = DataLoader(trainset, sampler=batches, batch_size=None)
     # 250 is the fastest here; the batch size does not change what test() returns.
@@ -281,12 +281,13 @@ def partition(
         raise UserError(f"--num-partitions {num_partitions} is too many for {len(labels)} images.")
     random = np.random.RandomState(2019)
     order = random.permutation(len(labels))
-    owners = order.argsort() % num_partitions  # the partition of each image, at random
+    # The partition of each image, by its position in the shuffled order.
+    owners = order.argsort() % num_partitions
     if alpha:
         for label in np.unique(labels):
             indices = order[labels[order] == label]
             ends = random.dirichlet([alpha] * num_partitions).cumsum() * len(indices)
-            # Each partition gets the images up to the end of its share.
+            # Image k of n goes to the first share that ends at k or later.
             owners[indices] = ends[:-1].searchsorted(np.arange(len(indices)) + 1)
         for i in range(num_partitions):
             if i not in owners:  # a client cannot train without images: take one
@@ -475,7 +476,7 @@ def model_path(text: str) -> Path:
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's main(): an expected error is one line on stderr and exit code 1."""
-    # Shells have background processes ignore Ctrl-C, as in `client.py & server.py`.
+    # Shells make background processes ignore Ctrl-C, as in `client.py & server.py`.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")

@@ -144,9 +144,9 @@ def wait_for_server(args: Namespace) -> None:
 
 
 def keep_alive(open_channel: Callable) -> Callable:
-    """Wrap a function that opens gRPC channels, so that they detect a dead link.
+    """Wrap a function that opens gRPC channels, so that they detect a dead connection.
 
-    By default, they never do. gRPC servers allow a ping every 5 minutes.
+    By default, they never do. gRPC servers allow one ping per 5 minutes.
     """
     keepalive = [
         ("grpc.keepalive_time_ms", 310_000),
@@ -205,11 +205,11 @@ app = fl.client.ClientApp(client_fn=client_fn)
 
 
 def main() -> None:
-    """Load data, start CifarClient."""
+    """Load data, start CifarClient, reconnect if the connection is lost."""
     args = make_parser().parse_args()
     # Load model and data
     client = make_client(args, f"{platform.node()}-{os.getpid()}")
-    # Wrap these: Flower takes no channel options, and gRPC none from the environment.
+    # Neither Flower nor the environment can set gRPC's channel options.
     grpc.insecure_channel = keep_alive(grpc.insecure_channel)
     grpc.secure_channel = keep_alive(grpc.secure_channel)
     # Start client

@@ -92,7 +92,7 @@ class CifarServer(fl.server.Server):
         self.strategy = make_strategy(self.parameters, config)
 
     def fit(self, num_rounds: int, timeout: float | None) -> tuple[History, float]:
-        """Run the remaining rounds; raises UserError after three consecutive failures."""
+        """Run the remaining rounds; raises UserError after three failed attempts in a row."""
         start = time.monotonic()
         self.timeout = timeout
         failed = 0
@@ -114,7 +114,7 @@ class CifarServer(fl.server.Server):
                     raise UserError(
                         "Giving up after 3 failed attempts. Restart with --resume to continue."
                     ) from error
-                self.start_strategy()  # its momentum, say, may include a bad aggregate
+                self.start_strategy()  # its state may include a bad aggregate
                 self.strategy.initialize_parameters(self.client_manager())
                 continue
             failed = 0
@@ -167,7 +167,7 @@ class CifarServer(fl.server.Server):
         del updates, failures  # free the memory: they hold a model per client
         aggregate = self.check_aggregate(aggregate)
 
-        # Evaluate the aggregate: at the server if the strategy does, and on the clients.
+        # Evaluate the aggregate: on the server if the strategy does, and on the clients.
         centralized = self.evaluate_centralized(aggregate)
         to_evaluate = self.strategy.configure_evaluate(self.round, aggregate, clients)
         results, failures = self.collect(evaluate_clients, to_evaluate)
@@ -206,7 +206,7 @@ class CifarServer(fl.server.Server):
             if available != connected:
                 print(f"Waiting for clients: {available} of {wanted} connected")
             connected = available
-            clients.wait_for(connected + 1, timeout=1)  # s; clients may also leave
+            clients.wait_for(connected + 1, timeout=1)  # s; then count again: clients may leave
         return available
 
     def evaluate_centralized(self, parameters: Parameters) -> Metrics:
@@ -233,7 +233,7 @@ class CifarServer(fl.server.Server):
                 raise UserError(f"{type(answer).__name__}: {answer}") from answer
             client, result = answer
             lost.remove(client)
-            client.properties.update(result.metrics)  # in the engine, nobody asks
+            client.properties.update(result.metrics)  # the engine never calls ask()
             try:
                 self.check_result(result)
                 usable.append(answer)
@@ -242,6 +242,7 @@ class CifarServer(fl.server.Server):
                 self.log(f"{kind} from client {name_of(client)!r} rejected: {error}")
                 failures.append(answer)
         for client in lost:
+            # Flower may not have told us yet when it disconnected: then, now.
             seconds = getattr(client, "disconnected", time.monotonic()) - start
             late = self.timeout and seconds >= self.timeout
             reason = f"timed out after {self.timeout:g} s" if late else "disconnected"
@@ -263,7 +264,7 @@ class CifarServer(fl.server.Server):
         files = map(io.BytesIO, result.parameters.tensors)
         try:
             arrays = [np.lib.format.read_array(file, allow_pickle=False) for file in files]
-        except (ValueError, TypeError, OverflowError, MemoryError, TokenError) as error:
+        except UNREADABLE as error:
             raise UserError("unreadable parameters") from error
         cifar.check_parameters(self.expected, arrays, self.limit)
 
@@ -339,8 +340,21 @@ class CifarServer(fl.server.Server):
 # Utilities: skip on first reading. Clients, files, command line; main() is at the end.
 
 
+# What NumPy raises for bytes that are no array, depending on what is wrong with them.
+UNREADABLE = (
+    ArithmeticError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    SyntaxError,
+    TokenError,
+    TypeError,
+    ValueError,
+)
+
+
 class ClientsLost(UserError):
-    """The round failed only because clients were lost: no failed attempt."""
+    """The round failed only because clients were lost: it does not count as an attempt."""
 
 
 class Clients(SimpleClientManager):
@@ -355,24 +369,24 @@ class Clients(SimpleClientManager):
 
 
 class ConnectedClients(Clients):
-    """A client manager that lists a client once it has answered.
+    """A client manager that registers clients once they have answered.
 
     Flower's own never removes a client that disconnects while it joins.
     """
 
     def register(self, client: ClientProxy) -> bool:
-        """List the client once it has answered."""
+        """Register the client once it has answered."""
         threading.Thread(target=self.ask, args=(client,), daemon=True).start()
         return True
 
     def ask(self, client: ClientProxy) -> None:
-        """Ask the client for its properties, and list it unless it disconnects."""
+        """Ask the client for its properties, and register it unless it disconnects."""
         try:
             client.properties = client.get_properties(GetPropertiesIns({}), None, None).properties
         except GrpcBridgeClosed:
             return
         super().register(client)
-        if hasattr(client, "disconnected"):  # meanwhile
+        if hasattr(client, "disconnected"):  # it left meanwhile
             super().unregister(client)
 
     def unregister(self, client: ClientProxy) -> None:
@@ -416,8 +430,8 @@ def name_of(client: ClientProxy) -> str:
 
 
 def to_plain(value: Any) -> Any:
-    """Return scalars of NumPy and PyTorch as numbers, and other objects as text."""
-    return value.item() if hasattr(value, "item") else str(value)
+    """Return values of NumPy and PyTorch as numbers or lists, and others as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def column(record: Record, key: str, form: str = ".4f") -> str:
@@ -429,7 +443,7 @@ def column(record: Record, key: str, form: str = ".4f") -> str:
 def open_run(path: Path, resume: bool) -> tuple[cifar.Net, list[Record]]:
     """Return the model and history to resume, or new ones; raises UserError.
 
-    Files of an earlier run are renamed, not overwritten.
+    Files of an earlier run are renamed, unless it finished no round.
     """
     history_path = path.with_suffix(".json")
     history = cifar.read_history(path)
@@ -452,7 +466,7 @@ def open_run(path: Path, resume: bool) -> tuple[cifar.Net, list[Record]]:
         return net, history
     old = [file for file in (history_path, path) if file.exists()]
     if history == []:
-        old = []  # that run finished no round
+        old = []  # overwrite them: that run finished no round
     number = 1
     while any(file.with_stem(f"{path.stem}-{number}").exists() for file in old):
         number += 1
@@ -466,14 +480,14 @@ def read_certificates(args: Namespace) -> tuple[bytes, bytes, bytes] | None:
     """Return the TLS certificates for start_server(), if any; raises UserError."""
     if not (args.ssl_certfile or args.ssl_keyfile or args.ssl_ca_certfile):
         return None
-    certificates = try_obtain_server_certificates(args)
     flags = "--ssl-ca-certfile"
     try:
+        certificates = try_obtain_server_certificates(args)
         tls = ssl.create_default_context(cafile=args.ssl_ca_certfile)
         flags = "--ssl-certfile or --ssl-keyfile"
         # With a password, an encrypted key is an error instead of a prompt.
         tls.load_cert_chain(args.ssl_certfile, args.ssl_keyfile, password="")
-    except ssl.SSLError as error:
+    except OSError as error:  # also ssl.SSLError
         raise UserError(f"Invalid TLS certificate or key in {flags}: {error}.") from error
     own = x509.load_pem_x509_certificate(args.ssl_certfile.read_bytes())
     if not own.not_valid_before_utc <= datetime.now(UTC) <= own.not_valid_after_utc:

@@ -218,6 +218,10 @@ def archive():
     return content.getvalue()
 
 
+def with_header(header):
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+
+
 def tensors(*contents):
     return FitRes(OK, Parameters(list(contents), "numpy.ndarray"), 1, {})
 
@@ -241,7 +245,10 @@ BAD_UPDATES = [
     (lambda: fit_res(weights(), 10**9 + 1), "1000000001 examples"),
     (lambda: tensors(b"x" * 10), "unreadable parameters"),
     (lambda: tensors(b"\x93NUMPY junk", b""), "unreadable parameters"),
-    (lambda: tensors(b"\x93NUMPY\x01\x00\x01\x00("), "unreadable parameters"),  # a header left open
+    *[
+        (lambda header=header: tensors(with_header(header)), "unreadable parameters")
+        for header in (b"(", b"  1\n 2\n", b"{'descr': (), 'fortran_order': False, 'shape': ()}")
+    ],
     (lambda: tensors(*[archive()] * 10), "unreadable parameters"),
     (lambda: tensors(*[TENSORS[0][:-8]] * 10), "unreadable parameters"),
     (lambda: CANNOT, "FIT_NOT_IMPLEMENTED, cannot"),
@@ -866,13 +873,16 @@ def test_strategy_evaluates_the_initial_model_and_each_round(make, use_strategy,
 
 def test_metrics_of_the_strategy_are_shown_and_saved(make, use_strategy, capsys, tmp_path):
     def metrics_fn(metrics):
-        return {"norm": np.float32(sum(n * each["norm"] for n, each in metrics))}
+        norms = np.array([each["norm"] for _, each in metrics])
+        total = np.float32(sum(n * each["norm"] for n, each in metrics))
+        return {"norm": total, "norms": np.sort(norms)}
 
     use_strategy(strategies.FedAvg, fit_metrics_aggregation_fn=metrics_fn)
     clients = [Client(fit_res(weights(), n, norm=norm)) for n, norm in ((10, 0.5), (1, 0.25))]
     make(*clients).fit(1, None)
-    assert history(tmp_path / "model.pt")[0]["fit_metrics"] == {"norm": 5.25}
-    assert 'Round 1/3: fit_metrics {"norm": 5.25}\n' in capsys.readouterr().out
+    assert history(tmp_path / "model.pt")[0]["fit_metrics"] == {"norm": 5.25, "norms": [0.25, 0.5]}
+    line = 'Round 1/3: fit_metrics {"norm": 5.25, "norms": [0.25, 0.5]}\n'
+    assert line in capsys.readouterr().out
 
 
 def test_scalars_of_numpy_and_pytorch_are_numbers(
