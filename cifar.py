@@ -16,7 +16,7 @@ import socket
 import struct
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from http.client import HTTPException
@@ -123,12 +123,9 @@ def load_data(
     )
     counts = trainset.labels.bincount(minlength=len(trainset.classes))
     print("Training images per class:", *counts.tolist())
-    # batch_size=None: the dataset gets each list of indices as it is.
-    batches = BatchSampler(RandomSampler(trainset), batch_size, drop_last=False)
-    trainloader = DataLoader(trainset, sampler=batches, batch_size=None)
+    trainloader = make_loader(trainset, RandomSampler(trainset), batch_size)
     # 250 is the fastest here; the batch size does not change what test() returns.
-    batches = BatchSampler(range(len(testset)), 250, drop_last=False)
-    testloader = DataLoader(testset, sampler=batches, batch_size=None)
+    testloader = make_loader(testset, range(len(testset)), 250)
     return trainloader, testloader, {"trainset": len(trainset), "testset": len(testset)}
 
 
@@ -294,6 +291,13 @@ def partition(
                 richest = np.bincount(owners).argmax()
                 owners[np.argmax(owners == richest)] = i
     return [np.flatnonzero(owners == i) for i in range(num_partitions)]
+
+
+def make_loader(dataset: Images, indices: Iterable[int], batch_size: int) -> DataLoader:
+    """Return a DataLoader that fetches each batch from the dataset in one piece."""
+    batches = BatchSampler(indices, batch_size, drop_last=False)
+    # batch_size=None: the dataset gets each list of indices as it is.
+    return DataLoader(dataset, sampler=batches, batch_size=None)
 
 
 def check_network(net: nn.Module, dataset: Any) -> None:
@@ -514,7 +518,7 @@ def main() -> None:
         net = load_model(args.evaluate)
         print(f"Model {args.evaluate}")
         if history := read_history(args.evaluate):
-            print("Trained on", history[-1].get("data"))
+            print("Trained on", history[-1].get("data", "unknown data"))
     else:
         print("Centralized PyTorch training")
         net = Net()

@@ -261,7 +261,8 @@ class CifarServer(fl.server.Server):
             if not (number and 0 <= accuracy <= 1 and 0 <= result.loss < 1e30):
                 raise UserError(f"loss {result.loss:g}, accuracy {accuracy!r}")
             return
-        files = map(io.BytesIO, result.parameters.tensors)
+        # One array more than expected is enough to reject it.
+        files = map(io.BytesIO, result.parameters.tensors[: len(self.expected) + 1])
         try:
             arrays = [np.lib.format.read_array(file, allow_pickle=False) for file in files]
         except UNREADABLE as error:
@@ -480,9 +481,10 @@ def read_certificates(args: Namespace) -> tuple[bytes, bytes, bytes] | None:
     """Return the TLS certificates for start_server(), if any; raises UserError."""
     if not (args.ssl_certfile or args.ssl_keyfile or args.ssl_ca_certfile):
         return None
-    flags = "--ssl-ca-certfile"
+    flags = "--ssl-certfile, --ssl-keyfile or --ssl-ca-certfile"
     try:
         certificates = try_obtain_server_certificates(args)
+        flags = "--ssl-ca-certfile"
         tls = ssl.create_default_context(cafile=args.ssl_ca_certfile)
         flags = "--ssl-certfile or --ssl-keyfile"
         # With a password, an encrypted key is an error instead of a prompt.

@@ -106,9 +106,9 @@ def test_load_data_says_what_it_loaded(small_root, capsys):
 @pytest.mark.parametrize("alpha", [None, 0.5])
 def test_other_images_need_only_another_read_images(monkeypatch, tmp_path, alpha):
     """Letters in place of photos: 28x28 pixels of grey, and 26 classes."""
-    pixels = torch.randint(256, (624, 28, 28, 1), dtype=torch.uint8)
+    pixels = np.random.RandomState(0).randint(256, size=(624, 28, 28, 1), dtype=np.uint8)
     names = list("abcdefghijklmnopqrstuvwxyz")
-    letters = cifar.Images("letters", pixels, torch.arange(624) % 26, names)
+    letters = cifar.Images("letters", torch.from_numpy(pixels), torch.arange(624) % 26, names)
     data = letters.subset(np.arange(520)), letters.subset(np.arange(520, 624))
     monkeypatch.setattr(cifar, "read_images", lambda root, download: data)
     loaders = [
@@ -569,6 +569,7 @@ HISTORIES = {
     "no history": (None, []),
     "a round": (of_rounds("CIFAR-10"), ["Trained on CIFAR-10"]),
     "two rounds": (of_rounds("CIFAR-10", GENERATED), [f"Trained on {GENERATED}"]),
+    "no data": (b'[{"round": 1}]', ["Trained on unknown data"]),
     "no round": (b"[]", []),
     "half": (of_rounds("generated images")[:-5], []),
     "no list": (b'{"data": "generated images"}', []),

@@ -15,7 +15,6 @@ from flwr.common import (
     ndarrays_to_parameters,
 )
 from helpers import assert_equal
-from torch.utils.data import BatchSampler, DataLoader
 
 import cifar
 import client
@@ -27,7 +26,7 @@ PROPERTIES = {"client": "me", "data": "generated images", "partition": "all of i
 def made():
     """Return a client on 320 generated images, tested on 100."""
     trainloader, testloader = (
-        DataLoader(images, sampler=BatchSampler(range(len(images)), 32, False), batch_size=None)
+        cifar.make_loader(images, range(len(images)), batch_size=32)
         for images in (cifar.synthesize(320, seed=1), cifar.synthesize(100, seed=2))
     )
     num_examples = {"trainset": 320, "testset": 100}

@@ -238,6 +238,7 @@ BAD_UPDATES = [
     (lambda: fit_res(weights()[:-1]), "fc3.bias is missing: got 9 of 10 parameters"),
     (lambda: fit_res([]), "conv1.weight is missing: got 0 of 10 parameters"),
     (lambda: fit_res(weights() + weights()[-1:]), "expected 10 parameters, got 11"),
+    (lambda: tensors(*TENSORS * 100), "expected 10 parameters, got 11"),  # not all are decoded
     (lambda: with_value(1001), "fc3.bias: 1001 is implausible (limit 1000)"),
     (lambda: with_value(-1001), "fc3.bias: 1001 is implausible (limit 1000)"),
     (lambda: fit_res(weights(), 0), "0 examples"),
@@ -754,7 +755,7 @@ def make_certificate(folder, days):
     (folder / "me.key").write_bytes(key.private_bytes(pem, *plain))
 
 
-def test_tls_files_are_checked(finished, tmp_path):
+def test_tls_files_are_checked(finished, monkeypatch, tmp_path):
     make_certificate(tmp_path, days=2)
     (tmp_path / "junk").touch()
 
@@ -770,6 +771,10 @@ def test_tls_files_are_checked(finished, tmp_path):
     assert called("me.pem", "me.key", "junk", code=1).startswith(f"{invalid}--ssl-ca-certfile: ")
     line = called("me.pem", "junk", "me.pem", code=1)
     assert line.startswith(f"{invalid}--ssl-certfile or --ssl-keyfile: ")
+    with monkeypatch.context() as patch:  # as for a key of somebody else's
+        patch.setattr(server, "try_obtain_server_certificates", lambda args: tmp_path.read_bytes())
+        line = called("me.pem", "me.key", "me.pem", code=1)
+    assert line.startswith(f"{invalid}--ssl-certfile, --ssl-keyfile or --ssl-ca-certfile: ")
     make_certificate(tmp_path, days=0.5)
     line = "Warning: clients reject --ssl-certfile: it is valid from "
     assert line in called("me.pem", "me.key", "me.pem")
