@@ -6,7 +6,6 @@ python3 cifar.py --evaluate global_model.pt    # evaluate a saved model
 
 import difflib
 import errno
-import functools
 import io
 import json
 import logging
@@ -16,10 +15,9 @@ import socket
 import struct
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterable
-from contextlib import redirect_stderr, suppress
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
-from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -85,8 +83,9 @@ class Images(Dataset):
         return images.float().div_(255).sub_(0.5).div_(0.5), self.labels[index]
 
     def subset(self, indices: np.ndarray) -> "Images":
-        """Return a dataset of only these images."""
-        return replace(self, images=self.images[indices], labels=self.labels[indices])
+        """Return a dataset of only these images, in memory of its own."""
+        images = self.images[indices].contiguous()
+        return replace(self, images=images, labels=self.labels[indices])
 
 
 def load_data(
@@ -110,22 +109,25 @@ def load_data(
     if synthetic:
         trainset, testset = synthesize(10_000, seed=1), synthesize(2_000, seed=2)
     else:
-        trainset, testset = find_images(data_root)
-    if num_partitions > 1:
-        partitions = partition(trainset.labels.numpy(), num_partitions, alpha)
-        trainset = trainset.subset(partitions[partition_id])
-        # Test images are always IID: the clients' average is the accuracy on all of them.
-        partitions = partition(testset.labels.numpy(), num_partitions)
-        testset = testset.subset(partitions[partition_id])
+        root = Path(data_root).expanduser()
+        trainset, testset = find_images(root, train=True), find_images(root, train=False)
+    partitions = partition(trainset.labels.numpy(), num_partitions, alpha)
+    trainset = trainset.subset(partitions[partition_id])
+    # Test images are always IID: the clients' average is the accuracy on all of them.
+    partitions = partition(testset.labels.numpy(), num_partitions)
+    testset = testset.subset(partitions[partition_id])
     print(
         f"{trainset.name}, partition {partition_id} of {num_partitions}: "
         f"{len(trainset)} training / {len(testset)} test images"
     )
     counts = trainset.labels.bincount(minlength=len(trainset.classes))
     print("Training images per class:", *counts.tolist())
-    trainloader = make_loader(trainset, RandomSampler(trainset), batch_size)
+    # batch_size=None: the dataset gets a sampler's list of indices, and returns a batch.
+    batches = BatchSampler(RandomSampler(trainset), batch_size, drop_last=False)
+    trainloader = DataLoader(trainset, sampler=batches, batch_size=None)
     # 250 is the fastest here; the batch size does not change what test() returns.
-    testloader = make_loader(testset, range(len(testset)), 250)
+    batches = BatchSampler(range(len(testset)), 250, drop_last=False)
+    testloader = DataLoader(testset, sampler=batches, batch_size=None)
     return trainloader, testloader, {"trainset": len(trainset), "testset": len(testset)}
 
 
@@ -191,36 +193,29 @@ HIDDEN = ("DEPRECATED FEATURE", "Client raised", "No fit_metrics_aggregation_fn"
 logging.getLogger("flwr").addFilter(lambda record: not str(record.msg).startswith(HIDDEN))
 
 
-Record = dict[str, Any]  # the results of a round, as in the history
-
-
 class UserError(Exception):
     """An expected error: one line that says what is wrong and what to do."""
 
 
-def read_images(root: Path, download: bool) -> tuple[Images, Images]:
-    """Return the training and the test set.
+def read_images(root: Path, train: bool, download: bool) -> Images:
+    """Return the training or the test set.
 
     The only dataset-specific code besides Net and the constants at the top. Raises
     RuntimeError, as torchvision does, if the dataset is missing and not downloaded.
     """
     from torchvision.datasets import CIFAR10  # lazy import: saves the server a second
 
-    def read(train: bool) -> Images:
-        dataset = CIFAR10(root, train=train, download=download)
-        images = torch.from_numpy(dataset.data).contiguous()
-        return Images(DATASET, images, torch.tensor(dataset.targets), dataset.classes)
-
-    return read(train=True), read(train=False)
+    dataset = CIFAR10(root, train=train, download=download)
+    images = torch.from_numpy(dataset.data)
+    return Images(DATASET, images, torch.tensor(dataset.targets), dataset.classes)
 
 
-def find_images(data_root: str | Path) -> tuple[Images, Images]:
-    """Read the images, downloading them if they are missing; raises UserError."""
-    root = Path(data_root).expanduser()
+def find_images(root: Path, train: bool) -> Images:
+    """Read the training or the test set, downloading both if they are missing."""
     if root.is_file():
         raise UserError(f"--data-root {root} is a file, not a directory.")
     try:
-        return read_images(root, download=False)
+        return read_images(root, train, download=False)
     except OSError as error:
         raise UserError(f"Cannot read {DATASET}: {error}. Check --data-root.") from error
     except RuntimeError as error:
@@ -235,12 +230,12 @@ def find_images(data_root: str | Path) -> tuple[Images, Images]:
     socket.setdefaulttimeout(30)  # torchvision sets none: a stalled download never ends
     try:
         with FileLock(root / ".lock"), redirect_stderr(progress):
-            return read_images(root, download=True)
-    except (OSError, RuntimeError, HTTPException) as error:
+            return read_images(root, train, download=True)
+    except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"Cannot download {DATASET} from {DATA_URL} to {root} ({reason}). "
-            f"Put {Path(DATA_URL).name} there, or use --synthetic."
+            "Put that file there, or use --synthetic."
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
@@ -251,9 +246,7 @@ def synthesize(num_images: int, seed: int) -> Images:
     height, width, channels = IMAGE_SHAPE
     # RandomState, here and below: NumPy guarantees that its numbers never change.
     coarse = np.random.RandomState(0).randint(2, size=(10, channels, 4, 4), dtype=np.uint8)
-    rows = np.arange(height) * 4 // height
-    columns = np.arange(width) * 4 // width
-    patterns = coarse[:, :, rows[:, None], columns]
+    patterns = F.interpolate(torch.from_numpy(coarse), (height, width)).numpy()
     random = np.random.RandomState(seed)
     images = random.randint(128, size=(num_images, channels, height, width), dtype=np.uint8)
     labels = torch.arange(num_images) % 10
@@ -261,7 +254,7 @@ def synthesize(num_images: int, seed: int) -> Images:
     for image, label, shift in zip(images, labels, shifts):
         # At most 114, and the noise at most 127: no overflow.
         image += 14 + 100 * np.roll(patterns[label], shift, axis=(1, 2))
-    pixels = torch.from_numpy(images).permute(0, 2, 3, 1).contiguous()
+    pixels = torch.from_numpy(images).permute(0, 2, 3, 1)
     classes = [f"class {i}" for i in range(10)]
     return Images("generated images", pixels, labels, classes)
 
@@ -293,26 +286,15 @@ def partition(
     return [np.flatnonzero(owners == i) for i in range(num_partitions)]
 
 
-def make_loader(dataset: Images, indices: Iterable[int], batch_size: int) -> DataLoader:
-    """Return a DataLoader that fetches each batch from the dataset in one piece."""
-    batches = BatchSampler(indices, batch_size, drop_last=False)
-    # batch_size=None: the dataset gets each list of indices as it is.
-    return DataLoader(dataset, sampler=batches, batch_size=None)
-
-
-def check_network(net: nn.Module, dataset: Any) -> None:
-    """Raise UserError if the model does not fit the images or their classes."""
+def check_model(net: nn.Module, dataset: Any) -> None:
+    """Raise UserError if the model does not fit the images and their classes."""
     images, _ = dataset[[0]]
-    net.eval()
+    last_class = torch.tensor([len(dataset.classes) - 1])
     try:
-        num_outputs = net(images.to(DEVICE)).shape[1]
-    except RuntimeError as error:
-        raise UserError(
-            f"Net does not fit images of shape {tuple(images.shape[1:])}: {error}"
-        ) from error
-    num_classes = len(dataset.classes)
-    if num_outputs < num_classes:
-        raise UserError(f"Net has {num_outputs} outputs, but there are {num_classes} classes.")
+        F.cross_entropy(net.eval()(images.to(DEVICE)), last_class.to(DEVICE))
+    except (RuntimeError, IndexError) as error:
+        shape = f"{tuple(images.shape[1:])} and {len(dataset.classes)} classes"
+        raise UserError(f"Net does not fit images of shape {shape}: {error}") from error
 
 
 def shared_state(net: nn.Module) -> dict[str, Tensor]:
@@ -343,9 +325,9 @@ def check_parameters(
         if i == len(arrays):
             raise UserError(f"{name} is missing: got {i} of {len(expected)} parameters")
         array = arrays[i]
-        wanted = f"{value.dtype}{tuple(value.shape)}".removeprefix("torch.")
-        got = f"{array.dtype}{array.shape}"
-        if got != wanted:
+        if array.dtype.kind != "f" or array.shape != value.shape:
+            wanted = f"{value.dtype}{tuple(value.shape)}".removeprefix("torch.")
+            got = f"{array.dtype}{array.shape}"
             raise UserError(f"{name}: expected {wanted}, got {got} (different models?)")
         weight = np.abs(array).max(initial=0)
         if not np.isfinite(weight):
@@ -362,10 +344,8 @@ def load_model(path: Path) -> Net:
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         check_parameters(shared_state(net), get_parameters(net))  # none is NaN
-    except UserError as error:
-        raise UserError(f"{path} is not usable: {error}") from error
-    except OSError as error:
-        raise UserError(f"Cannot read the model {path}: {error.strerror}.") from error
+    except (OSError, UserError) as error:
+        raise UserError(f"Cannot use the model {path}: {error}") from error
     except (
         RuntimeError,
         ValueError,
@@ -399,16 +379,13 @@ def write_files(contents: dict[Path, bytes]) -> None:
         for path in contents:
             Path(f"{path}.tmp").replace(path)
     except OSError as error:
-        for each in contents:
-            with suppress(OSError):
-                Path(f"{each}.tmp").unlink()
         hint = " (see ulimit -n)" if error.errno == errno.EMFILE else ""
         raise UserError(
             f"Cannot write {path}: {error.strerror}{hint}. The previous file is unchanged."
         ) from error
 
 
-def read_history(path: Path) -> list[Record] | None:
+def read_history(path: Path) -> list[dict] | None:
     """Return the history that server.py wrote beside a model, if there is a valid one."""
     try:
         history = json.loads(path.with_suffix(".json").read_bytes())
@@ -418,23 +395,22 @@ def read_history(path: Path) -> list[Record] | None:
         return None
 
 
-def add_argument(
-    parser: ArgumentParser, name: str, kind: Any, default: Any, text: str, **more: Any
-) -> None:
-    """Add a flag whose help ends with the default, if there is one."""
-    text += "" if default is None else " (default: %(default)s)"
-    parser.add_argument(name, type=kind, default=default, help=text, **more)
+class Parser(ArgumentParser):
+    """An ArgumentParser whose --help shows the defaults, where there are any."""
 
+    def add(self, name: str, kind: Any, default: Any, text: str) -> None:
+        """Add a flag that takes a value."""
+        text += "" if default is None else " (default: %(default)s)"
+        self.add_argument(name, type=kind, default=default, help=text)
 
-def add_shared_arguments(parser: ArgumentParser) -> None:
-    """Add the flags that cifar.py and client.py have in common."""
-    add = functools.partial(add_argument, parser)
-    add("--batch-size", number(int, 1), 32, "training batch size")
-    add("--data-root", str, DATA_ROOT, "dataset directory, downloaded if missing")
-    text = "use generated images (no download)"
-    parser.add_argument("--synthetic", action="store_true", help=text)
-    add("--seed", number(int, 0), None, "random seed, for repeatable runs")
-    add("--threads", number(int, 1, 1024), 1, "PyTorch CPU threads")
+    def add_shared(self) -> None:
+        """Add the flags that cifar.py and client.py have in common."""
+        self.add("--batch-size", number(int, 1), 32, "training batch size")
+        self.add("--data-root", str, DATA_ROOT, "dataset directory, downloaded if missing")
+        text = "use generated images (no download)"
+        self.add_argument("--synthetic", action="store_true", help=text)
+        self.add("--seed", number(int, 0), None, "random seed, for repeatable runs")
+        self.add("--threads", number(int, 1, 1024), 1, "PyTorch CPU threads")
 
 
 def parse_config(config: dict[str, Any], *parsers: ArgumentParser) -> Namespace:
@@ -501,13 +477,12 @@ def run_main(main: Callable[[], None]) -> None:
 
 def main() -> None:
     """Train on all of the data in one place, or evaluate a saved model."""
-    parser = ArgumentParser(description=f"Centralized PyTorch training on {DATASET}.")
-    add = functools.partial(add_argument, parser)
-    add("--epochs", number(int, 1), 2, "training epochs")
-    add("--lr", number(float, 1e-9), LEARNING_RATE, "learning rate")
-    add_shared_arguments(parser)
-    add("--model", model_path, None, "save the trained weights to FILE", metavar="FILE")
-    add("--evaluate", Path, None, "evaluate this MODEL instead of training", metavar="MODEL")
+    parser = Parser(description=f"Centralized PyTorch training on {DATASET}.")
+    parser.add("--epochs", number(int, 1), 2, "training epochs")
+    parser.add("--lr", number(float, 1e-9), LEARNING_RATE, "learning rate")
+    parser.add_shared()
+    parser.add("--model", model_path, None, "save the trained weights to this file")
+    parser.add("--evaluate", Path, None, "evaluate this model instead of training")
     args = parser.parse_args()
     if args.model and read_history(args.model) is not None:
         raise UserError(f"{args.model} is the model of a federated run: pass a different --model.")
@@ -525,12 +500,12 @@ def main() -> None:
     net.to(DEVICE)
     print("Load data")
     trainloader, testloader, _ = load_data(args.batch_size, args.data_root, args.synthetic)
-    check_network(net, testloader.dataset)
+    check_model(net, testloader.dataset)
     if not args.evaluate:
         print("Start training")
-        train(net=net, trainloader=trainloader, epochs=args.epochs, device=DEVICE, lr=args.lr)
+        train(net, trainloader, args.epochs, DEVICE, args.lr)
     print("Evaluate model")
-    loss, accuracy = test(net=net, testloader=testloader, device=DEVICE)
+    loss, accuracy = test(net, testloader, DEVICE)
     print("Loss: ", loss)
     print("Accuracy: ", accuracy)
     if args.model:

@@ -7,7 +7,7 @@ import functools
 import os
 import platform
 import time
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,19 +57,22 @@ class CifarClient(fl.client.NumPyClient):
         self.set_parameters(parameters)
         epochs = int(config.get("local_epochs", 1))
         lr = float(config.get("lr", cifar.LEARNING_RATE))
-        cifar.train(self.model, self.trainloader, epochs=epochs, device=cifar.DEVICE, lr=lr)
-        parameters = self.get_parameters(config={})
+        cifar.train(self.model, self.trainloader, epochs, cifar.DEVICE, lr)
+        parameters = self.get_parameters({})
         return parameters, self.num_examples["trainset"], self.properties
 
     def evaluate(self, parameters: NDArrays, config: Metrics) -> tuple[float, int, Metrics]:
         """Evaluate the given parameters on the local test images."""
         self.set_parameters(parameters)
-        loss, accuracy = cifar.test(self.model, self.testloader, device=cifar.DEVICE)
+        loss, accuracy = cifar.test(self.model, self.testloader, cifar.DEVICE)
         print(f"Evaluated the new global model: loss {loss:.4f}, accuracy {accuracy:.4f}")
         return loss, self.num_examples["testset"], {**self.properties, "accuracy": accuracy}
 
 
 # Utilities: skip on first reading. Connection, flags, Flower's engine; main() is last.
+
+
+load_data = functools.cache(cifar.load_data)  # client_fn() is called for every message
 
 
 def make_client(args: Namespace, name: str) -> CifarClient:
@@ -78,29 +81,21 @@ def make_client(args: Namespace, name: str) -> CifarClient:
     if args.seed is not None:
         torch.manual_seed(args.seed)
     print(f"Client {name}")
-    trainloader, testloader, num_examples = cifar.load_data(
-        args.batch_size,
-        args.data_root,
-        args.synthetic,
-        args.partition_id,
-        args.num_partitions,
-        args.alpha,
+    split = (args.partition_id, args.num_partitions, args.alpha)
+    trainloader, testloader, num_examples = load_data(
+        args.batch_size, args.data_root, args.synthetic, *split
     )
     dataset: Any = trainloader.dataset
     model = cifar.Net().to(cifar.DEVICE)
-    cifar.check_network(model, dataset)
+    cifar.check_model(model, dataset)
     data = dataset.name
     partition = "all of it"
     if args.num_partitions > 1:
         scheme = f"alpha {args.alpha:g}" if args.alpha else "IID"
         data += f" in {args.num_partitions} partitions ({scheme})"
         partition = f"partition {args.partition_id}"
-    properties: Metrics = {
-        "client": name,
-        "data": data,
-        "partition": partition,
-        "classes": ", ".join(dataset.classes),
-    }
+    classes = ", ".join(dataset.classes)
+    properties = {"client": name, "data": data, "partition": partition, "classes": classes}
     return CifarClient(model, trainloader, testloader, num_examples, properties)
 
 
@@ -167,23 +162,19 @@ def certificate(text: str) -> bytes:
         raise ArgumentTypeError(f"{text}: {error.strerror}") from error
 
 
-def make_parser() -> ArgumentParser:
+def make_parser() -> cifar.Parser:
     """Return the flags of client.py."""
-    parser = ArgumentParser(description=f"A client of a federation on {cifar.DATASET}.")
-    add = functools.partial(cifar.add_argument, parser)
-    add("--server-address", cifar.address, cifar.SERVER_ADDRESS, "server address")
-    add("--wait", cifar.number(float, 0), 60, "how many seconds to wait for the server")
-    cifar.add_shared_arguments(parser)
-    text = "this client's partition, counted from 0"
-    add("--partition-id", cifar.number(int, 0), 0, text)
-    add("--num-partitions", cifar.number(int, 1), 1, "number of partitions")
+    parser = cifar.Parser(description=f"A client of a federation on {cifar.DATASET}.")
+    number = cifar.number
+    parser.add("--server-address", cifar.address, cifar.SERVER_ADDRESS, "server address")
+    parser.add("--wait", number(float, 0), 60, "how many seconds to wait for the server")
+    parser.add_shared()
+    parser.add("--partition-id", number(int, 0), 0, "this client's partition, counted from 0")
+    parser.add("--num-partitions", number(int, 1), 1, "number of partitions")
     text = "Dirichlet concentration: smaller is more non-IID (omit for IID)"
-    add("--alpha", cifar.number(float, 0.01, 1e6), None, text)
-    add("--root-certificates", certificate, None, "CA certificate (PEM); enables TLS")
+    parser.add("--alpha", number(float, 0.01, 1e6), None, text)
+    parser.add("--root-certificates", certificate, None, "CA certificate (PEM); enables TLS")
     return parser
-
-
-clients: dict[str, CifarClient] = {}  # client_fn() is called for every message
 
 
 def client_fn(context: fl.common.Context) -> fl.client.Client:
@@ -191,14 +182,11 @@ def client_fn(context: fl.common.Context) -> fl.client.Client:
     import server  # lazy import: only the engine mixes the flags of both scripts
 
     config = {**context.run_config, **context.node_config}
-    key = f"{context.node_id} {config}"
-    if key not in clients:
-        args = cifar.parse_config(config, server.make_parser(), make_parser())
-        name = f"node {context.node_id}"
-        if "partition-id" in config:
-            name = f"partition {args.partition_id}"
-        clients[key] = make_client(args, name)
-    return clients[key].to_client()
+    args = cifar.parse_config(config, server.make_parser(), make_parser())
+    name = f"node {context.node_id}"
+    if "partition-id" in config:
+        name = f"partition {args.partition_id}"
+    return make_client(args, name).to_client()
 
 
 app = fl.client.ClientApp(client_fn=client_fn)

@@ -4,23 +4,23 @@ python3 server.py                         # a new run of 3 rounds
 python3 server.py --rounds 10 --resume    # continue it to round 10
 """
 
-import functools
 import hashlib
 import io
 import json
 import ssl
 import threading
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any
 
 import cifar  # before Flower, because it sets environment variables for it
-from cifar import Record, UserError
+from cifar import UserError
 
 # isort: split
 import flwr as fl
@@ -28,23 +28,14 @@ import numpy as np
 import torch
 from cryptography import x509
 from filelock import FileLock, Timeout
-from flwr.common import (
-    Code,
-    EvaluateRes,
-    FitRes,
-    GetPropertiesIns,
-    Metrics,
-    Parameters,
-    ndarrays_to_parameters,
-    parameters_to_ndarrays,
-)
+from flwr.common import Metrics, Parameters, ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.common.args import try_obtain_server_certificates
 from flwr.server import ClientManager, History, ServerConfig, SimpleClientManager
 from flwr.server.client_proxy import ClientProxy
-from flwr.server.server import evaluate_clients, fit_clients
 from flwr.server.strategy import Strategy
 from flwr.server.strategy.aggregate import weighted_loss_avg
-from flwr.server.superlink.fleet.grpc_bidi.grpc_bridge import GrpcBridgeClosed
+from flwr.server.superlink.fleet.grpc_bidi.grpc_bridge import GrpcBridgeClosed as Disconnected
+from flwr.server.superlink.fleet.grpc_bidi.grpc_client_proxy import GrpcClientProxy
 
 
 def make_strategy(parameters: Parameters, config: Metrics) -> Strategy:
@@ -67,21 +58,19 @@ class CifarServer(fl.server.Server):
         self.max_workers = 1000  # threads, one per client; Flower's default is 32
         self.args = args
         self.round = 0
-        self.timeout: float | None = None
-        self.logged: set[str] = set()  # by log_once()
+        self.timeout: float | None = None  # s
+        self.logged: set[str] = set()
         self.lock = FileLock(args.model.with_suffix(".lock"))  # held until the end
         try:
             self.lock.acquire(timeout=0)
         except Timeout as error:
-            raise UserError(
-                f"{args.model} is in use by another server; stop it or pass a different --model."
-            ) from error
+            hint = "stop it or pass a different --model."
+            raise UserError(f"{args.model} is in use by another server; {hint}") from error
         if args.seed is not None:
             torch.manual_seed(args.seed)
         net, self.history = open_run(args.model, args.resume)
         self.parameters = ndarrays_to_parameters(cifar.get_parameters(net))
-        with torch.device("meta"):  # names, types and shapes only: it takes no memory
-            self.expected = cifar.shared_state(cifar.Net())
+        self.expected = cifar.shared_state(net.to("meta"))  # names and shapes: no memory
         self.start_strategy()
         if not args.resume:
             self.save()
@@ -90,32 +79,30 @@ class CifarServer(fl.server.Server):
         """Make the strategy, which starts from the global model."""
         config: Metrics = {"lr": self.args.lr, "local_epochs": self.args.local_epochs}
         self.strategy = make_strategy(self.parameters, config)
+        initial = self.strategy.initialize_parameters(self.client_manager())
+        if initial and not self.history:
+            self.parameters = self.check_aggregate(initial)
 
     def fit(self, num_rounds: int, timeout: float | None) -> tuple[History, float]:
         """Run the remaining rounds; raises UserError after three failed attempts in a row."""
         start = time.monotonic()
         self.timeout = timeout
         failed = 0
-        initial = self.strategy.initialize_parameters(self.client_manager())
-        if not self.history:
-            self.parameters = self.check_aggregate(initial or self.parameters)
-            if metrics := self.evaluate_centralized(self.parameters):
-                print(f"Initial model: centralized {json.dumps(metrics, default=to_plain)}")
+        if not self.history and (metrics := self.evaluate_centralized(self.parameters)):
+            print(f"Initial model: centralized {json.dumps(metrics, default=to_plain)}")
         while len(self.history) < num_rounds:
             try:
                 record = self.run_round()
-            except ClientsLost as error:
+            except Disconnected as error:
                 self.log(f"failed ({error}), global model unchanged, trying again")
                 continue
             except UserError as error:
                 failed += 1
                 self.log(f"failed ({error}), global model unchanged, attempt {failed} of 3")
                 if failed == 3:
-                    raise UserError(
-                        "Giving up after 3 failed attempts. Restart with --resume to continue."
-                    ) from error
+                    hint = "Restart with --resume to continue."
+                    raise UserError(f"Giving up after 3 failed attempts. {hint}") from error
                 self.start_strategy()  # its state may include a bad aggregate
-                self.strategy.initialize_parameters(self.client_manager())
                 continue
             failed = 0
             self.log_results(record)
@@ -129,30 +116,33 @@ class CifarServer(fl.server.Server):
         self.print_history()
         return History(), time.monotonic() - start
 
-    def run_round(self) -> Record:
-        """Run one round and return its record; raises UserError if it fails."""
+    def run_round(self) -> dict:
+        """Run one round; return its record. Raises UserError, or Disconnected, if it fails."""
         self.round = len(self.history) + 1
         clients = self.client_manager()
 
         # Wait for enough clients.
-        available = self.wait_for_clients()
+        connected = -1
+        while (available := clients.num_available()) < self.args.min_clients:
+            if available != connected:
+                print(f"Waiting for clients: {available} of {self.args.min_clients} connected")
+            connected = available
+            clients.wait_for(connected + 1, timeout=1)  # s; then count again: clients may leave
         start = time.monotonic()
 
         # Choose the clients that train, and what to send them: parameters and settings.
         to_train = self.strategy.configure_fit(self.round, self.parameters, clients)
         if not to_train:
-            raise UserError(
-                f"the strategy chose none of {available} clients: "
-                "it asks for more than --min-clients"
-            )
+            reason = "it asks for more than --min-clients"
+            raise UserError(f"the strategy chose none of {available} clients: {reason}")
         self.log(f"training on {len(to_train)} of {available} clients")
 
         # Train, each client on its own images. Updates that cannot be aggregated, or
         # would swamp the others, are rejected: they are among the failures.
         weights = map(np.abs, parameters_to_ndarrays(self.parameters))
         self.limit = 1000 * max(array.max(initial=1) for array in weights)
-        updates, failures = self.collect(fit_clients, to_train)
-        data = self.compare_data(updates)
+        updates, failures = self.collect("fit", to_train)
+        data = self.compare_data([client for client, _ in updates])
 
         # Aggregate. FedAvg: w = sum of n_k / n * w_k over the clients k, where client k
         # has n_k of all n images and sent the weights w_k. Updates arrive in any order,
@@ -162,17 +152,16 @@ class CifarServer(fl.server.Server):
         aggregate, fit_metrics = self.strategy.aggregate_fit(self.round, updates, failures)
         if not aggregate:
             reason = "the strategy returned no parameters" if updates else "no usable updates"
-            only_lost = {type(each) for each in failures} == {GrpcBridgeClosed}
-            raise ClientsLost(reason) if only_lost else UserError(reason)
+            only_lost = {type(each) for each in failures} == {Disconnected}
+            raise Disconnected(reason) if only_lost else UserError(reason)
         del updates, failures  # free the memory: they hold a model per client
         aggregate = self.check_aggregate(aggregate)
 
         # Evaluate the aggregate: on the server if the strategy does, and on the clients.
         centralized = self.evaluate_centralized(aggregate)
         to_evaluate = self.strategy.configure_evaluate(self.round, aggregate, clients)
-        results, failures = self.collect(evaluate_clients, to_evaluate)
-        rejected = sum(isinstance(each, tuple) for each in failures)
-        if rejected > len(results):
+        results, failures = self.collect("evaluate", to_evaluate)
+        if sum(isinstance(each, tuple) for each in failures) > len(results):
             raise UserError("most clients cannot evaluate the aggregate")
         loss = None
         metrics: Metrics = {}
@@ -197,65 +186,55 @@ class CifarServer(fl.server.Server):
             "versions": {"flwr": fl.__version__, "torch": torch.__version__},
         }
 
-    def wait_for_clients(self) -> int:
-        """Block until --min-clients are connected; return how many are."""
-        clients = self.client_manager()
-        wanted = self.args.min_clients
-        connected = -1
-        while (available := clients.num_available()) < wanted:
-            if available != connected:
-                print(f"Waiting for clients: {available} of {wanted} connected")
-            connected = available
-            clients.wait_for(connected + 1, timeout=1)  # s; then count again: clients may leave
-        return available
-
     def evaluate_centralized(self, parameters: Parameters) -> Metrics:
         """Return loss and metrics of the strategy's own evaluation, if it has one."""
         evaluation = self.strategy.evaluate(self.round, parameters)
         return {"loss": evaluation[0], **evaluation[1]} if evaluation else {}
 
-    def collect(self, send: Callable, asked: list) -> tuple[list, list]:
-        """Send instructions; return usable (client, result) pairs, and failures.
+    def collect(self, task: str, instructions: list) -> tuple[list, list]:
+        """Have clients "fit" or "evaluate"; return usable (client, result) pairs, and failures.
 
-        A failure is a lost connection or a rejected (client, result) pair: logs both.
-        Raises UserError for any other exception.
+        A failure is Disconnected, or a (client, result) pair that was rejected. Raises
+        UserError for any other exception.
         """
-        start = time.monotonic()
-        results, errors = send(asked, self.max_workers, self.timeout, self.round)
         usable = []
-        failures = []
-        lost = [client for client, _ in asked]
-        for answer in errors + results:
-            if isinstance(answer, GrpcBridgeClosed):
-                failures.append(answer)
-                continue
-            if isinstance(answer, BaseException):
-                raise UserError(f"{type(answer).__name__}: {answer}") from answer
-            client, result = answer
-            lost.remove(client)
-            client.properties.update(result.metrics)  # the engine never calls ask()
-            try:
-                self.check_result(result)
-                usable.append(answer)
-            except UserError as error:
-                kind = "update" if isinstance(result, FitRes) else "evaluation"
-                self.log(f"{kind} from client {name_of(client)!r} rejected: {error}")
-                failures.append(answer)
-        for client in lost:
-            # Flower may not have told us yet when it disconnected: then, now.
-            seconds = getattr(client, "disconnected", time.monotonic()) - start
-            late = self.timeout and seconds >= self.timeout
-            reason = f"timed out after {self.timeout:g} s" if late else "disconnected"
-            self.log(f"client {name_of(client)!r} lost: {reason}")
+        failures: list = []
+        start = time.monotonic()
+        with ThreadPoolExecutor(self.max_workers) as executor:
+            asked = {
+                executor.submit(getattr(client, task), ins, self.timeout, self.round): client
+                for client, ins in instructions
+            }
+            for future in as_completed(asked):
+                client = asked[future]
+                error = future.exception()
+                if isinstance(error, Disconnected):
+                    failures.append(error)
+                    late = self.timeout and time.monotonic() - start >= self.timeout
+                    reason = f"timed out after {self.timeout:g} s" if late else "disconnected"
+                    self.log(f"{name_of(client)} lost: {reason}")
+                    self.client_manager().unregister(client)
+                    continue
+                if error:
+                    raise UserError(f"{type(error).__name__}: {error}") from error
+                result = future.result()
+                client.properties.update(result.metrics)  # the engine never calls ask()
+                try:
+                    self.check_result(result)
+                    usable.append((client, result))
+                except UserError as error:
+                    failures.append((client, result))
+                    kind = "update" if task == "fit" else "evaluation"
+                    self.log(f"{kind} from {name_of(client)} rejected: {error}")
         return usable, failures
 
-    def check_result(self, result: FitRes | EvaluateRes) -> None:
+    def check_result(self, result: fl.common.FitRes | fl.common.EvaluateRes) -> None:
         """Raise UserError if a client's result cannot be aggregated."""
-        if result.status.code != Code.OK:
+        if result.status.code != fl.common.Code.OK:
             raise UserError(f"{result.status.code.name}, {result.status.message}")
         if not 0 < result.num_examples <= 10**9:
             raise UserError(f"{result.num_examples} examples")
-        if isinstance(result, EvaluateRes):
+        if isinstance(result, fl.common.EvaluateRes):
             accuracy: Any = result.metrics.get("accuracy", 0)
             number = type(accuracy) in (int, float)  # not bool, which is an int too
             if not (number and 0 <= accuracy <= 1 and 0 <= result.loss < 1e30):
@@ -270,31 +249,26 @@ class CifarServer(fl.server.Server):
         cifar.check_parameters(self.expected, arrays, self.limit)
 
     def check_aggregate(self, aggregate: Parameters) -> Parameters:
-        """Return the aggregate in the model's types; raises UserError."""
-        arrays = parameters_to_ndarrays(aggregate)
-        for i, (array, own) in enumerate(zip(arrays, self.expected.values())):
-            arrays[i] = torch.from_numpy(array).to(own.dtype).numpy()
+        """Return the aggregate in single precision; raises UserError if it is no model."""
+        arrays = [array.astype(np.float32) for array in parameters_to_ndarrays(aggregate)]
         cifar.check_parameters(self.expected, arrays)
         return ndarrays_to_parameters(arrays)
 
-    def compare_data(self, updates: list) -> str:
-        """Log the clients' data, warn if they do not match, and return them."""
-        told = {
-            key: [str(result.metrics.get(key, "unknown"))[:1000] for _, result in updates]
-            for key in ("data", "partition", "classes")
-        }
-        for (client, _), data, partition in zip(updates, told["data"], told["partition"]):
-            self.log_once(f"client {name_of(client)!r}: {data}, {partition}")
-        for key in ("data", "classes"):
-            different = sorted(set(told[key]))
-            if len(different) > 1:
-                self.log_once(f"Warning: the clients' {key} differ: {' / '.join(different)}")
-        for partition, count in Counter(told["partition"]).items():
+    def compare_data(self, clients: list[ClientProxy]) -> str:
+        """Log the clients' data once, warn if they do not match, and return them."""
+        for client in clients:
+            data = f"{told(client, 'data')}, {told(client, 'partition')}"
+            self.log(f"{name_of(client)}: {data}", once=True)
+        for partition, count in Counter(told(each, "partition") for each in clients).items():
             if count > 1 and partition.startswith("partition"):
-                self.log_once(f"Warning: {count} clients use {partition}")
-        return " / ".join(sorted(set(told["data"])))[:100]
+                self.log(f"Warning: {count} clients use {partition}", once=True)
+        for key in ("classes", "data"):
+            values = " / ".join(sorted({told(each, key) for each in clients}))
+            if " / " in values:
+                self.log(f"Warning: the clients' {key} differ: {values}", once=True)
+        return values[:100]
 
-    def log_results(self, record: Record) -> None:
+    def log_results(self, record: dict) -> None:
         """Log the results of a round."""
         self.log(
             f"loss {column(record, 'loss')}, accuracy {column(record, 'accuracy')}, "
@@ -315,16 +289,12 @@ class CifarServer(fl.server.Server):
             )
         print(f"Model: {self.args.model}")
 
-    def log_once(self, message: str) -> None:
-        """Log a message only once per run."""
-        if message not in self.logged:
-            self.logged.add(message)
-            self.log(message)
-
-    def log(self, message: str) -> None:
+    def log(self, message: str, once: bool = False) -> None:
         """Print a line about the round, escaped: parts of it come from clients."""
-        text = repr(message[:300])[1:-1]
-        print(f"Round {self.round}/{self.args.rounds}: {text}")
+        if once and message in self.logged:
+            return
+        self.logged.add(message)
+        print(f"Round {self.round}/{self.args.rounds}: {repr(message[:300])[1:-1]}")
 
     def save(self) -> None:
         """Save model and history; raises UserError."""
@@ -342,58 +312,31 @@ class CifarServer(fl.server.Server):
 
 
 # What NumPy raises for bytes that are no array, depending on what is wrong with them.
-UNREADABLE = (
-    ArithmeticError,
-    LookupError,
-    MemoryError,
-    RuntimeError,
-    SyntaxError,
-    TokenError,
-    TypeError,
-    ValueError,
-)
-
-
-class ClientsLost(UserError):
-    """The round failed only because clients were lost: it does not count as an attempt."""
+BAD_HEADER = (RuntimeError, SyntaxError, TokenError, TypeError)
+UNREADABLE = (*BAD_HEADER, ArithmeticError, LookupError, MemoryError, ValueError)
 
 
 class Clients(SimpleClientManager):
-    """Flower's client manager, but sample() does not wait for more clients."""
+    """Flower's client manager, but it waits for no client, and lists none that has left."""
 
-    def sample(
-        self, num_clients: int, min_num_clients: int | None = None, criterion: Any = None
-    ) -> list[ClientProxy]:
+    def sample(self, num_clients: int, min_num_clients: Any = None, criterion: Any = None) -> list:
         """Return random clients, or none if there are fewer than asked for."""
         enough = len(self) >= (min_num_clients or num_clients)
         return super().sample(num_clients, 0, criterion) if enough else []
 
-
-class ConnectedClients(Clients):
-    """A client manager that registers clients once they have answered.
-
-    Flower's own never removes a client that disconnects while it joins.
-    """
-
     def register(self, client: ClientProxy) -> bool:
-        """Register the client once it has answered."""
+        """Register the client; over gRPC, once it answers: it may be gone already."""
+        if not isinstance(client, GrpcClientProxy):
+            return super().register(client)
         threading.Thread(target=self.ask, args=(client,), daemon=True).start()
         return True
 
     def ask(self, client: ClientProxy) -> None:
-        """Ask the client for its properties, and register it unless it disconnects."""
-        try:
-            client.properties = client.get_properties(GetPropertiesIns({}), None, None).properties
-        except GrpcBridgeClosed:
-            return
-        super().register(client)
-        if hasattr(client, "disconnected"):  # it left meanwhile
-            super().unregister(client)
-
-    def unregister(self, client: ClientProxy) -> None:
-        """Remove the client, and note when it disconnected."""
-        client.disconnected = time.monotonic()  # type: ignore[attr-defined]
-        super().unregister(client)
+        """Ask the client for its name and data, then register it."""
+        with suppress(Disconnected):
+            answer = client.get_properties(fl.common.GetPropertiesIns({}), None, None)
+            client.properties = answer.properties
+            super().register(client)
 
 
 class StandaloneServer(CifarServer):
@@ -405,11 +348,6 @@ class StandaloneServer(CifarServer):
         """Run the rounds; keep the exception that ends them."""
         try:
             return super().fit(num_rounds, timeout)
-        except SystemExit:  # Flower's answer to Ctrl-C and SIGTERM
-            self.error = UserError(
-                f"Stopped after {len(self.history)} of {num_rounds} rounds. "
-                f"Model saved to {self.args.model}. Restart with --resume to continue."
-            )
         except BaseException as error:  # noqa: BLE001
             self.error = error
         return History(), 0.0
@@ -425,9 +363,14 @@ def average_accuracy(metrics: list[tuple[int, Metrics]]) -> Metrics:
     return {"accuracy": weighted_loss_avg(known)} if known else {}
 
 
+def told(client: ClientProxy, key: str) -> str:
+    """Return what the client says about itself, cut: it may be of any length."""
+    return str(client.properties.get(key, "unknown"))[:1000]
+
+
 def name_of(client: ClientProxy) -> str:
     """Return the client's name, or Flower's id if it has sent none."""
-    return str(client.properties.get("client", client.cid))[:100]
+    return f"client '{client.properties.get('client', client.cid)!s:.100}'"
 
 
 def to_plain(value: Any) -> Any:
@@ -435,13 +378,13 @@ def to_plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
-def column(record: Record, key: str, form: str = ".4f") -> str:
+def column(record: dict, key: str, form: str = ".4f") -> str:
     """Return a value of a record as text, "-" if it is missing."""
     value = record.get(key)
     return "-" if value is None else format(value, form)
 
 
-def open_run(path: Path, resume: bool) -> tuple[cifar.Net, list[Record]]:
+def open_run(path: Path, resume: bool) -> tuple[cifar.Net, list[dict]]:
     """Return the model and history to resume, or new ones; raises UserError.
 
     Files of an earlier run are renamed, unless it finished no round.
@@ -449,10 +392,8 @@ def open_run(path: Path, resume: bool) -> tuple[cifar.Net, list[Record]]:
     history_path = path.with_suffix(".json")
     history = cifar.read_history(path)
     if history is None and history_path.exists():
-        raise UserError(
-            f"{history_path} is not a valid history file. "
-            "Restore it, move it away, or pass a different --model."
-        )
+        hint = "Restore it, move it away, or pass a different --model."
+        raise UserError(f"{history_path} is not a valid history file. {hint}")
     if resume:
         net = cifar.load_model(path)
         if history is None:
@@ -465,15 +406,12 @@ def open_run(path: Path, resume: bool) -> tuple[cifar.Net, list[Record]]:
         elif history:
             print(f"Warning: {path} is not the model of any round in {history_path}")
         return net, history
-    old = [file for file in (history_path, path) if file.exists()]
-    if history == []:
-        old = []  # overwrite them: that run finished no round
-    number = 1
-    while any(file.with_stem(f"{path.stem}-{number}").exists() for file in old):
-        number += 1
-    for file in old:
-        renamed = file.rename(file.with_stem(f"{path.stem}-{number}"))
-        print(f"Renamed {file} (earlier run) to {renamed}")
+    if history != []:
+        suffix = f"{datetime.now():-%Y%m%d-%H%M%S}"
+        for file in (history_path, path):
+            if file.exists():
+                renamed = file.rename(file.with_stem(path.stem + suffix))
+                print(f"Renamed {file} (earlier run) to {renamed}")
     return cifar.Net(), []
 
 
@@ -500,20 +438,18 @@ def read_certificates(args: Namespace) -> tuple[bytes, bytes, bytes] | None:
     return certificates
 
 
-def make_parser() -> ArgumentParser:
+def make_parser() -> cifar.Parser:
     """Return the flags of server.py."""
-    parser = ArgumentParser(description="The server of a federation: runs its rounds.")
-    add = functools.partial(cifar.add_argument, parser)
+    parser = cifar.Parser(description="The server of a federation: runs its rounds.")
+    add, number = parser.add, cifar.number
     add("--server-address", cifar.address, cifar.SERVER_ADDRESS, "address to listen on")
-    number = cifar.number
     add("--rounds", number(int, 1), 3, "total rounds, including those before --resume")
     add("--min-clients", number(int, 1), 2, "clients required before a round starts")
     add("--local-epochs", number(int, 1), 1, "local epochs per round")
     add("--lr", number(float, 1e-9), cifar.LEARNING_RATE, "learning rate of the clients")
     text = "drop clients that take longer than this, in seconds"
     add("--round-timeout", number(float, 0.1), None, text)
-    text = "model file, with the history beside it"
-    add("--model", cifar.model_path, "global_model.pt", text)
+    add("--model", cifar.model_path, "global_model.pt", "model file, with the history beside it")
     text = "resume from --model and its history"
     parser.add_argument("--resume", action="store_true", help=text)
     add("--seed", number(int, 0), None, "random seed for the initial weights")
@@ -545,21 +481,23 @@ def main() -> None:
             f"Warning: no TLS on {args.server_address}: anyone who can reach it can join, read "
             'and modify the model. See "Several machines" in README.md.'
         )
-    server = StandaloneServer(args, ConnectedClients())
+    server = StandaloneServer(args, Clients())
     if len(server.history) >= args.rounds:
         print(f"All {args.rounds} rounds are done: raise --rounds to continue.")
         server.print_history()
         return
-    print(
-        f"Listening on {args.server_address}, TLS {'on' if certificates else 'off'}, "
-        f"strategy {type(server.strategy).__name__}"
-    )
+    tls = "on" if certificates else "off"
+    strategy = type(server.strategy).__name__
+    print(f"Listening on {args.server_address}, TLS {tls}, strategy {strategy}")
     fl.server.start_server(
         server_address=args.server_address,
         server=server,
         config=ServerConfig(args.rounds, args.round_timeout),
         certificates=certificates,
     )
+    if isinstance(server.error, SystemExit):  # Flower's answer to Ctrl-C and SIGTERM
+        saved = f"Model saved to {args.model}. Restart with --resume to continue."
+        raise UserError(f"Stopped after {len(server.history)} of {args.rounds} rounds. {saved}")
     if server.error:
         raise server.error
 

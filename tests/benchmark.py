@@ -1,12 +1,12 @@
 """Measure this project against the plain pipeline: how fast, how large, how many clients.
 
-    python3 tests/benchmark.py                     # everything but the curves, 15 to 30 minutes
+    python3 tests/benchmark.py                     # all rows but the curves, 15 to 30 minutes
     python3 tests/benchmark.py batch train test    # only these rows
     python3 tests/benchmark.py curves              # the README's accuracies and picture, hours
 
 The plain pipeline decodes and normalizes one image at a time, as torchvision's own examples do,
-and leaves the number of threads to PyTorch. What is compared takes turns; figures are medians.
-Uses CIFAR-10 where it is there, else generated images of the same number and size.
+and uses PyTorch's default number of threads. Both are run in turn; figures are medians.
+Without CIFAR-10 on this machine, as many generated images of the same size are used.
 """
 
 import argparse
@@ -57,20 +57,21 @@ class PlainImages(Dataset):
 
 
 @functools.cache
-def there() -> bool:
-    """Tell whether the real images are on this machine, complete."""
-    with contextlib.suppress(RuntimeError):  # torchvision's, for files that are missing or differ
-        cifar.read_images(Path(cifar.DATA_ROOT).expanduser(), download=False)
+def is_cifar_here() -> bool:
+    """Return whether CIFAR-10 is on this machine, complete."""
+    with contextlib.suppress(RuntimeError):  # files are missing or damaged
+        for train in (True, False):
+            cifar.read_images(Path(cifar.DATA_ROOT).expanduser(), train, download=False)
         return True
     return False
 
 
-def generate(data_root: object) -> tuple[cifar.Images, cifar.Images]:
+def generate(root: object, train: bool) -> cifar.Images:
     """Return generated images, as many as CIFAR-10 has."""
-    return cifar.synthesize(50_000, 1), cifar.synthesize(10_000, 2)
+    return cifar.synthesize(50_000, 1) if train else cifar.synthesize(10_000, 2)
 
 
-if not there():
+if not is_cifar_here():
     cifar.find_images = generate
 
 
@@ -82,9 +83,9 @@ def our_loaders() -> tuple[DataLoader, DataLoader]:
 
 def plain_loaders() -> tuple[DataLoader, DataLoader]:
     """Return the plain pipeline's loaders."""
-    if there():
+    if is_cifar_here():
         return helpers.plain_loaders(Path(cifar.DATA_ROOT).expanduser())
-    trainset, testset = map(PlainImages, generate(None))
+    trainset, testset = (PlainImages(generate(None, train)) for train in (True, False))
     return DataLoader(trainset, 32, shuffle=True), DataLoader(testset, 32)
 
 
@@ -94,11 +95,11 @@ def plain_train(net: nn.Module, trainloader: DataLoader) -> None:
     assert np.isfinite(helpers.plain_train(net, trainloader, device=DEVICE)).all()
 
 
-# What runs in a process of its own: python3 tests/benchmark.py NAME ARGUMENTS.
+# Functions that run as processes: python3 tests/benchmark.py NAME ARGUMENTS.
 
 
 def plain_server(address: str, rounds: str) -> None:
-    """Serve a federation with everything left as it is."""
+    """Run Flower's own server with its defaults."""
     import flwr
 
     config = flwr.server.ServerConfig(num_rounds=int(rounds))
@@ -106,7 +107,7 @@ def plain_server(address: str, rounds: str) -> None:
 
 
 def plain_client(address: str) -> None:
-    """Take part with the plain pipeline."""
+    """Run a client with the plain pipeline."""
     import flwr
 
     net = PlainNet().to(DEVICE)
@@ -139,7 +140,7 @@ def plain_client(address: str) -> None:
 
 
 def our_client(address: str) -> None:
-    """Take part as client.py does, and print when each phase begins and ends."""
+    """Run client.py, and print when each phase begins and ends."""
     import client
 
     class TimedClient(client.CifarClient):
@@ -161,7 +162,7 @@ def our_client(address: str) -> None:
 
 
 def light_clients(address: str, count: str) -> None:
-    """Take part as many clients, each with a connection of its own, that learn nothing."""
+    """Run many clients that learn nothing, each with its own connection."""
     import flwr
 
     class LightClient(flwr.client.NumPyClient):
@@ -186,7 +187,7 @@ def light_clients(address: str, count: str) -> None:
 
 
 class LargeNet(nn.Module):
-    """A network of 50 million weights, or 200 MB."""
+    """A model of 50 million weights, or 200 MB."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,7 +195,7 @@ class LargeNet(nn.Module):
 
 
 def our_large_server(address: str, model: str) -> None:
-    """Run server.py with the large network."""
+    """Run server.py with the large model."""
     import server
 
     cifar.Net = LargeNet  # type: ignore[assignment, misc]
@@ -203,7 +204,7 @@ def our_large_server(address: str, model: str) -> None:
 
 
 def plain_large_server(address: str) -> None:
-    """Run Flower's own server and FedAvg with the large network."""
+    """Run Flower's own server and FedAvg with the large model."""
     import flwr
 
     parameters = flwr.common.ndarrays_to_parameters(cifar.get_parameters(LargeNet()))
@@ -215,9 +216,9 @@ def plain_large_server(address: str) -> None:
 
 
 def peak_memory(process: int) -> float:
-    """Return the largest memory a process has had so far, in MiB (Linux only).
+    """Return the peak memory of a process so far, in MiB (Linux only).
 
-    Not getrusage(), which starts a process off with the memory of the one that started it.
+    Unlike getrusage(), it does not count the memory of the parent process.
     """
     with contextlib.suppress(OSError):
         status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
@@ -230,7 +231,7 @@ def peak_memory(process: int) -> float:
 
 
 class Process(Script):
-    """A process that notes when it prints a line, and its memory then."""
+    """A process whose lines are recorded with the time, and its peak memory."""
 
     def __init__(self, *command: object, **env: str) -> None:
         self.times: list[tuple[float, str]] = []
@@ -239,29 +240,29 @@ class Process(Script):
         super().__init__(command, None, **{**quiet, **env})
 
     def heard(self, line: str) -> None:
-        """Note the time, and the memory."""
+        """Record the time, and the peak memory."""
         self.times.append((time.time(), line))
         self.memory = max(self.memory, peak_memory(self.process.pid))
 
     def wait(self) -> str:
-        """Wait for its end; return what it printed."""
+        """Wait until it exits; return its output."""
         if code := self.end(timeout=86_400):
             sys.exit(f"{self.process.args!r} ended with {code}:\n{self.output}")
         return self.output
 
     def when(self, text: str) -> float:
-        """Return when it first printed a line with `text`."""
+        """Return when it first printed a line that contains `text`."""
         return next(moment for moment, line in self.times if text in line)
 
 
 def own(name: str, *arguments: object, **env: str) -> Process:
-    """Start one of the functions above in a process of its own."""
+    """Start one of the functions above as a process."""
     return Process(__file__, name, *arguments, **env)
 
 
 @contextlib.contextmanager
 def timed(times: Times, name: str) -> Iterator[None]:
-    """Add the seconds that something takes to the times of that name."""
+    """Append the duration, in seconds, to the times of that name."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -301,7 +302,7 @@ def bench_batch(repetitions: int) -> None:
 
 
 def bench_train(repetitions: int) -> None:
-    """Time an epoch of train(): against a bare loop over floats in memory, and plain."""
+    """Time an epoch of train(), of a bare loop over floats in memory, and of the plain pipeline."""
     trainloader, plainloader = our_loaders()[0], plain_loaders()[0]
     floats = [(images.contiguous().to(DEVICE), y.to(DEVICE)) for images, y in trainloader]
     times: Times = {}
@@ -341,8 +342,8 @@ def bench_test(repetitions: int) -> None:
 
 
 def bench_alone(repetitions: int) -> None:
-    """Time cifar.py as a whole, by itself and beside a busy process, with more threads and plain."""
-    if not there():
+    """Time cifar.py as a process: alone, beside a busy process, with more threads, and plain."""
+    if not is_cifar_here():
         return
     times: Times = {}
     threads = str(os.cpu_count())
@@ -365,7 +366,7 @@ def bench_alone(repetitions: int) -> None:
 
 
 def plain_alone() -> None:
-    """Train and test alone, as the plain pipeline does."""
+    """Train and evaluate with the plain pipeline, as cifar.py does."""
     net = PlainNet().to(DEVICE)
     trainloader, testloader = plain_loaders()
     plain_train(net, trainloader)
@@ -381,7 +382,7 @@ def bench_federation(repetitions: int) -> None:
     def federate(server: Callable[[str], Process], function: str, **env: str) -> list[Process]:
         address = free_address()
         processes = [server(address)]
-        if function == "plain_client":  # which does not wait for the server
+        if function == "plain_client":  # it does not wait for the server
             wait_for_server(address)
         processes += [own(function, address, **env) for _ in range(2)]
         processes[0].wait()
@@ -416,11 +417,13 @@ def bench_federation(repetitions: int) -> None:
     show("", times, "ours", "plain")
     show("peak memory of a client", sizes, "ours", "plain, OMP_NUM_THREADS=1", "MiB")
     gap = statistics.median(gaps)
-    print(f"{'neither training nor testing':<36} {gap:.3f} s a round (longest {max(gaps):.3f} s)")
+    print(
+        f"{'neither training nor evaluating':<36} {gap:.3f} s a round (longest {max(gaps):.3f} s)"
+    )
 
 
 def idle(clients: list[Process]) -> list[float]:
-    """Return, for each round, the seconds in which no client trains or tests, though it could."""
+    """Return, for each round, the seconds in which no client trains or evaluates."""
     phases, ends = (
         [
             [float(text) for text in re.findall(f"^{word} (.+)", client.output, re.MULTILINE)]
@@ -458,7 +461,7 @@ def bench_clients(repetitions: int) -> None:
 
 
 def bench_memory(repetitions: int) -> None:
-    """Compare the peak memory of two servers: a network of 200 MB, 2 clients, 2 rounds."""
+    """Compare the peak memory of two servers: a model of 200 MB, 2 clients, 2 rounds."""
     sizes: Times = {}  # GB
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(repetitions):
@@ -472,7 +475,7 @@ def bench_memory(repetitions: int) -> None:
                 own("light_clients", address, 2).wait()
                 server.wait()
                 sizes.setdefault(name, []).append(server.memory * 2**20 / 1e9)
-    show("server's memory, network of 200 MB", sizes, "ours", "Flower's own", "GB")
+    show("server's memory, model of 200 MB", sizes, "ours", "Flower's own", "GB")
 
 
 ROUNDS = 50
@@ -489,7 +492,7 @@ CURVES = {  # for the README: what it is, number of clients, flags of the client
 def draw_curves(repetitions: int) -> None:
     """Draw the README's picture and print its table: medians over the seeds.
 
-    The histories are those in the folder "histories"; what is missing there is run first.
+    Histories are read from the directory "histories"; missing ones are created by running them.
     """
     folder = Path("histories")
     folder.mkdir(exist_ok=True)
@@ -512,7 +515,7 @@ def draw_curves(repetitions: int) -> None:
 
 
 def run_or_read(model: Path, seed: int, clients: int, flags: list) -> list[float]:
-    """Return the accuracy after each round of a federation, which runs if it has not yet."""
+    """Return the accuracy after each round of a federation; run it first if needed."""
     history = model.with_suffix(".json")
     if not history.exists() or len(json.loads(history.read_bytes())) < ROUNDS:
         address = free_address()
@@ -562,14 +565,14 @@ ROWS = {
 
 
 def main() -> None:
-    """Print the rows asked for."""
+    """Print the requested rows."""
     parser = argparse.ArgumentParser(description="Measure this project against the plain pipeline.")
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--repetitions", type=cifar.number(int, 1), default=3, help="default: 3")
     args = parser.parse_args()
     if unknown := set(args.rows) - set(ROWS):
         parser.error(f"no such row: {', '.join(unknown)}")
-    images = "CIFAR-10" if there() else "generated images of CIFAR-10's size"
+    images = "CIFAR-10" if is_cifar_here() else "generated images of CIFAR-10's size"
     print(f"{os.cpu_count()} cores, {images}, PyTorch {torch.__version__}, {DEVICE.type}")
     torch.set_num_threads(1)
     for row in args.rows or list(ROWS)[:-1]:

@@ -1,4 +1,4 @@
-"""The fixtures of several test files: a small CIFAR-10, and scripts that run or are called."""
+"""Fixtures of several test files: a small CIFAR-10, and ways to run the scripts."""
 
 import importlib
 import json
@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-# Before Flower and gRPC are imported: quiet, and nothing is reported to Flower's makers.
+# Before Flower and gRPC are imported: no logs, no telemetry.
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_LOG_LEVEL"] = "CRITICAL"
 os.environ["GRPC_VERBOSITY"] = "NONE"
@@ -20,12 +20,12 @@ from torchvision.datasets import CIFAR10
 
 import cifar
 
-torch.set_num_threads(1)  # the scripts that run beside it need the other cores
+torch.set_num_threads(1)  # leave the other cores to the scripts
 
 
 @pytest.fixture
 def start(tmp_path):
-    """Start scripts of the project in an empty folder: start("server.py", "--rounds", 2)."""
+    """Start scripts in an empty directory, as in start("server.py", "--rounds", 2)."""
     scripts = []
 
     def start_script(name, *arguments, cifar: SmallCifar | None = None, **env: str) -> Script:
@@ -43,7 +43,7 @@ def start(tmp_path):
 
 @pytest.fixture
 def program(tmp_path):
-    """Write a program that may import the scripts; return its path."""
+    """Write a program that can import the scripts; return its path."""
 
     def write(text: str) -> Path:
         path = tmp_path / "program.py"
@@ -56,9 +56,9 @@ def program(tmp_path):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Call a script in this process: call("server", "--help"); return what its user sees.
+    """Call a script in this process, as in call("server", "--help"); return its output.
 
-    With a path, call a changed cifar.py.
+    A path calls a changed cifar.py.
     """
 
     def call_script(script: str | Path, *arguments: object, code: int = 0) -> str:
@@ -75,7 +75,7 @@ def call(monkeypatch, capsys):
             ended = stop.code
         printed = capsys.readouterr()
         seen = printed.out + printed.err
-        if isinstance(ended, str):  # as Python ends a process: it prints a text, and exits with 1
+        if isinstance(ended, str):  # as Python does: print the text, exit with 1
             ended, seen = 1, f"{seen}{ended}\n"
         assert ended == code
         return seen
@@ -85,7 +85,7 @@ def call(monkeypatch, capsys):
 
 @pytest.fixture
 def address() -> str:
-    """Return HOST:PORT with a port that is free."""
+    """Return HOST:PORT with a free port."""
     return free_address()
 
 
@@ -97,14 +97,14 @@ def small_cifar(tmp_path_factory) -> SmallCifar:
 
 @pytest.fixture
 def cifar_copy(small_cifar, tmp_path) -> SmallCifar:
-    """Return a copy of the small CIFAR-10, to be damaged."""
+    """Return a copy of the small CIFAR-10 that may be damaged."""
     shutil.copytree(small_cifar.root, tmp_path / "data")
     return SmallCifar(tmp_path / "data", dict(small_cifar.attributes))
 
 
 @pytest.fixture
 def use_cifar(monkeypatch):
-    """Make this process take a small CIFAR-10 for the real one; return its folder."""
+    """Replace CIFAR-10 by a small one in this process; return its data root."""
 
     def use_one(small: SmallCifar) -> Path:
         for name, value in small.attributes.items():
@@ -116,5 +116,5 @@ def use_cifar(monkeypatch):
 
 @pytest.fixture
 def small_root(small_cifar, use_cifar) -> Path:
-    """Make this process take the small CIFAR-10 for the real one; return its folder."""
+    """Replace CIFAR-10 by the small one in this process; return its data root."""
     return use_cifar(small_cifar)

@@ -1,4 +1,4 @@
-"""What the tests and the benchmark share: free addresses, processes, the tutorial's own training."""
+"""Helpers of the tests and the benchmark: ports, processes, the tutorial's training."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 import cifar
 
-# Removed from what a script inherits, so that it shows its own settings, as it does to a user.
+# Removed from the scripts' environment, so that the scripts set their own values.
 UNSET = ["FLWR_TELEMETRY_ENABLED", "FLWR_LOG_LEVEL", "GRPC_VERBOSITY", "PYTHONUNBUFFERED"]
 
 
@@ -36,7 +36,7 @@ UNSET = ["FLWR_TELEMETRY_ENABLED", "FLWR_LOG_LEVEL", "GRPC_VERBOSITY", "PYTHONUN
 
 
 def free_ports(count: int) -> list[str]:
-    """Return different ports of this machine that are free."""
+    """Return free ports."""
     sockets = [socket.socket() for _ in range(count)]
     for each in sockets:
         each.bind(("127.0.0.1", 0))
@@ -47,7 +47,7 @@ def free_ports(count: int) -> list[str]:
 
 
 def free_address() -> str:
-    """Return HOST:PORT with a port that is free."""
+    """Return HOST:PORT with a free port."""
     return f"127.0.0.1:{free_ports(1)[0]}"
 
 
@@ -69,7 +69,7 @@ def block(language: str, text: str) -> str:
 
 
 def wait_for_server(address: str) -> None:
-    """Return once a gRPC server answers at HOST:PORT; for clients that do not wait for it."""
+    """Block until a gRPC server answers at HOST:PORT."""
     with grpc.insecure_channel(address) as channel:
         grpc.channel_ready_future(channel).result(60)
 
@@ -78,7 +78,7 @@ def wait_for_server(address: str) -> None:
 
 
 class Script:
-    """A running Python program, whose output can be waited for."""
+    """A running Python program that can be waited for."""
 
     def __init__(self, command: Iterable[object], cwd: Path | None = None, **env: str) -> None:
         self.process = subprocess.Popen(
@@ -105,10 +105,10 @@ class Script:
                 self.more.notify_all()
 
     def heard(self, line: str) -> None:
-        """Do nothing; a subclass may note when a line came."""
+        """Do nothing; a subclass may record when a line was printed."""
 
     def until(self, text: str, count: int = 1, after: str = "", timeout: float = 120) -> None:
-        """Wait until the script has printed `text`, `count` times; after a first text if given."""
+        """Wait until the script has printed `text` `count` times (after another text, if given)."""
 
         def seen() -> bool:
             start = self.output.find(after)
@@ -129,7 +129,7 @@ class Script:
         return code
 
     def kill(self) -> None:
-        """End the script as kill -9 does."""
+        """Kill the script, as kill -9 does."""
         self.process.kill()
         self.end()
 
@@ -138,20 +138,20 @@ class Script:
 
 
 def arrays_of(made: Any) -> list[np.ndarray]:
-    """Return the arrays in a FitIns, FitRes, EvaluateIns or server, or in Parameters."""
+    """Return the arrays of Parameters, or of an object that has parameters."""
     from flwr.common import parameters_to_ndarrays
 
     return parameters_to_ndarrays(getattr(made, "parameters", made))
 
 
 def assert_equal(ours: Iterable[np.ndarray], theirs: Iterable[np.ndarray]) -> None:
-    """Check that arrays are the same to the bit."""
+    """Check that arrays are equal to the bit."""
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 class PlainNet(cifar.Net):
-    """The network as the tutorial writes it, ReLU before pooling: the same numbers."""
+    """The tutorial's model, with ReLU before pooling: the same numbers."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.pool(F.relu(self.conv1(x)))
@@ -163,7 +163,7 @@ class PlainNet(cifar.Net):
 
 
 def plain_transform() -> Any:
-    """Return the tutorial's decoding and normalizing of one image."""
+    """Return the tutorial's transform of an image."""
     from torchvision import transforms  # type: ignore[import-untyped]
 
     normalize = transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -198,13 +198,13 @@ def plain_train(
 
 @dataclasses.dataclass
 class SmallCifar:
-    """A folder in CIFAR-10's layout, and what torchvision must know to take it for CIFAR-10."""
+    """A directory with CIFAR-10's layout, and torchvision's attributes for it."""
 
     root: Path
     attributes: dict[str, Any]
 
 
-# Runs a script as `python script.py ...` does, but with a small CIFAR-10 in place of the real one.
+# Runs a script with a small CIFAR-10 in place of the real one.
 WITH_SMALL_CIFAR = """
 import json, os, runpy, sys
 from torchvision.datasets import CIFAR10
@@ -237,7 +237,7 @@ def make_small_cifar(root: Path) -> SmallCifar:
     with tarfile.open(archive, "w:gz") as file:
         file.add(folder, arcname=folder.name)
     attributes = {
-        "url": "http://127.0.0.1:9/",  # the port "discard": nothing is fetched by mistake
+        "url": "http://127.0.0.1:9/",  # nothing is downloaded by mistake
         "tgz_md5": hashlib.md5(archive.read_bytes()).hexdigest(),
         "train_list": sums[:5],
         "test_list": sums[5:],

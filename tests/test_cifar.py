@@ -1,8 +1,7 @@
-"""cifar.py: the network, the data, the loops, the command lines, and how the scripts end."""
+"""Tests of cifar.py: model, data, training, and the command lines of all three scripts."""
 
 import dataclasses
 import functools
-import http.client
 import http.server
 import json
 import os
@@ -27,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import cifar
 
 CPU = torch.device("cpu")
-needs_posix = pytest.mark.skipif(os.name != "posix", reason="no signals, no links for everybody")
+needs_posix = pytest.mark.skipif(os.name != "posix", reason="needs signals and symbolic links")
 
 
 @pytest.fixture
@@ -35,10 +34,10 @@ def copy_root(cifar_copy, use_cifar):
     return use_cifar(cifar_copy)
 
 
-# The network.
+# The model.
 
 
-def test_network_is_the_tutorials():
+def test_model_matches_the_tutorial():
     net, plain, images = cifar.Net(), PlainNet(), torch.randn(4, 3, 32, 32)
     shapes = [tuple(value.shape) for value in net.state_dict().values()]
     assert shapes == [
@@ -52,18 +51,19 @@ def test_network_is_the_tutorials():
     torch.testing.assert_close(net(images.to(memory_format=torch.channels_last)), plain(images))
 
 
-def test_network_that_does_not_fit_the_images_is_an_error():
+def test_model_that_does_not_fit_the_images_is_an_error():
     images, net = cifar.synthesize(20, seed=1), cifar.Net().to(cifar.DEVICE)
-    cifar.check_network(net, images)
-    grey = dataclasses.replace(images, images=images.images[..., :1])
-    with pytest.raises(cifar.UserError, match=r"^Net does not fit images of shape \(1, 32, 32\): "):
-        cifar.check_network(net, grey)
-    letters = dataclasses.replace(images, classes=list("abcdefghijklmnopqrstuvwxyz"))
-    with pytest.raises(cifar.UserError, match="^Net has 10 outputs, but there are 26 classes.$"):
-        cifar.check_network(net, letters)
+    cifar.check_model(net, images)
+    gray = dataclasses.replace(images, images=images.images[..., :1])
+    shape = r"^Net does not fit images of shape \(1, 32, 32\) and 10 classes: "
+    with pytest.raises(cifar.UserError, match=shape):
+        cifar.check_model(net, gray)
+    letters = dataclasses.replace(images, classes=list("abcdefghijk"))
+    with pytest.raises(cifar.UserError, match=" and 11 classes: Target 10 is out of bounds."):
+        cifar.check_model(net, letters)
 
 
-# The images.
+# The data.
 
 
 def test_load_data_returns_loaders_and_counts(small_root):
@@ -76,7 +76,7 @@ def test_load_data_returns_loaders_and_counts(small_root):
     assert labels.shape == (32,) and labels.dtype == torch.int64
 
 
-def test_batches_are_torchvisions_own_in_the_same_order(small_root):
+def test_batches_match_torchvision_in_the_same_order(small_root):
     ours = cifar.load_data(data_root=small_root)[:2]
     for our_loader, their_loader in zip(ours, plain_loaders(small_root)):
         torch.manual_seed(3)
@@ -87,7 +87,7 @@ def test_batches_are_torchvisions_own_in_the_same_order(small_root):
         assert torch.equal(our_labels, their_labels)
 
 
-def test_load_data_says_what_it_loaded(small_root, capsys):
+def test_load_data_prints_what_it_loaded(small_root, capsys):
     cifar.load_data(data_root=small_root)
     assert capsys.readouterr().out == (
         "CIFAR-10, partition 0 of 1: 500 training / 100 test images\n"
@@ -100,17 +100,17 @@ def test_load_data_says_what_it_loaded(small_root, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert first == f"CIFAR-10, partition 0 of 3: {len(skewed)} training / 34 test images"
     counts = [int(count) for count in second.rpartition(": ")[2].split()]
-    assert counts == [int((skewed == label).sum()) for label in range(10)], "also those it lacks"
+    assert counts == [int((skewed == label).sum()) for label in range(10)], "absent classes, too"
 
 
 @pytest.mark.parametrize("alpha", [None, 0.5])
-def test_other_images_need_only_another_read_images(monkeypatch, tmp_path, alpha):
-    """Letters in place of photos: 28x28 pixels of grey, and 26 classes."""
+def test_another_dataset_needs_only_another_read_images(monkeypatch, tmp_path, alpha):
+    """Grayscale images of 28x28 pixels, in 26 classes."""
     pixels = np.random.RandomState(0).randint(256, size=(624, 28, 28, 1), dtype=np.uint8)
     names = list("abcdefghijklmnopqrstuvwxyz")
     letters = cifar.Images("letters", torch.from_numpy(pixels), torch.arange(624) % 26, names)
     data = letters.subset(np.arange(520)), letters.subset(np.arange(520, 624))
-    monkeypatch.setattr(cifar, "read_images", lambda root, download: data)
+    monkeypatch.setattr(cifar, "read_images", lambda root, train, download: data[not train])
     loaders = [
         cifar.load_data(data_root=tmp_path, partition_id=i, num_partitions=3, alpha=alpha)[:2]
         for i in range(3)
@@ -125,21 +125,21 @@ def test_other_images_need_only_another_read_images(monkeypatch, tmp_path, alpha
                 assert known.pop(image.numpy().tobytes()) == label
         assert not known, "every image is in one of the partitions"
     net = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 26))
-    cifar.check_network(net, data[1])
+    cifar.check_model(net, data[1])
     cifar.train(net, loaders[1][0], epochs=1, device=CPU)
     assert cifar.test(net, loaders[1][1], CPU)[1] <= 1
 
 
-def test_subset_of_images_keeps_the_names():
+def test_subset_keeps_name_and_classes():
     pixels = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1)
     dots = cifar.Images("dots", pixels, torch.tensor([2, 0, 1, 1, 0]), ["x", "y", "z"])
     some = dots.subset(np.array([4, 1]))
     assert (some.name, len(some), some.labels.tolist()) == ("dots", 2, [0, 0])
     assert some.images.flatten().tolist() == [4, 1]
-    assert some.classes == ["x", "y", "z"], "also those that it lacks"
+    assert some.classes == ["x", "y", "z"], "absent classes, too"
 
 
-def test_generated_images_are_ten_classes_and_the_same_everywhere():
+def test_generated_images_have_ten_classes_and_are_deterministic():
     dataset = cifar.synthesize(300, seed=1)
     assert dataset.images.shape == (300, 32, 32, 3) and dataset.images.dtype == torch.uint8
     assert dataset.labels.bincount().tolist() == [30] * 10
@@ -150,7 +150,7 @@ def test_generated_images_are_ten_classes_and_the_same_everywhere():
 
 
 @pytest.mark.parametrize("shape", [(28, 28, 1), (33, 50, 4)])
-def test_generated_images_have_the_shape_at_the_top(monkeypatch, shape):
+def test_generated_images_have_the_configured_shape(monkeypatch, shape):
     monkeypatch.setattr(cifar, "IMAGE_SHAPE", shape)
     trainloader, testloader, _ = cifar.load_data(synthetic=True)
     assert trainloader.dataset.images.shape == (10_000, *shape)
@@ -160,10 +160,10 @@ def test_generated_images_have_the_shape_at_the_top(monkeypatch, shape):
     assert cifar.test(net, testloader, CPU)[1] > 0.3, "the classes can be told apart"
 
 
-# Training and testing.
+# Training and evaluation.
 
 
-def test_training_is_the_tutorials_to_rounding(small_root, capsys):
+def test_training_matches_the_tutorial_to_rounding(small_root, capsys):
     torch.manual_seed(0)
     theirs = PlainNet()
     plain_train(theirs, plain_loaders(small_root)[0], epochs=4)
@@ -176,7 +176,7 @@ def test_training_is_the_tutorials_to_rounding(small_root, capsys):
 
 
 @pytest.mark.parametrize("batches", [100, 104])
-def test_train_prints_the_mean_loss_of_100_batches_and_of_the_last(capsys, batches):
+def test_train_prints_the_mean_loss_of_100_batches_and_of_the_rest(capsys, batches):
     images, labels = torch.randn(2 * batches, 3, 32, 32), torch.randint(10, (2 * batches,))
     loader = DataLoader(TensorDataset(images, labels), batch_size=2)
     torch.manual_seed(0)
@@ -191,7 +191,7 @@ def test_train_prints_the_mean_loss_of_100_batches_and_of_the_last(capsys, batch
     assert capsys.readouterr().out.splitlines() == lines
 
 
-def test_train_lowers_the_loss_as_fast_as_it_is_told():
+def test_train_uses_the_learning_rate():
     trainloader, testloader, _ = cifar.load_data(synthetic=True)
     torch.manual_seed(0)
     net = cifar.Net()
@@ -209,7 +209,7 @@ def test_test_returns_mean_loss_and_accuracy():
     """Three examples, worked out by hand: two right, one wrong; the last batch is smaller."""
     scores = torch.tensor([[2.0, 0.0], [0.0, 0.0], [1.0, 3.0]])
     loader = DataLoader(TensorDataset(scores, torch.tensor([0, 0, 0])), batch_size=2)
-    net = nn.Sequential(nn.Dropout(0.9))  # testing must switch it off, training on again
+    net = nn.Sequential(nn.Dropout(0.9))  # off during evaluation
     loss, accuracy = cifar.test(net, loader, CPU)
     by_hand = [np.log(1 + np.exp(-2)), np.log(2), np.log(1 + np.exp(2))]
     assert loss == pytest.approx(np.mean(by_hand), rel=1e-6)
@@ -230,7 +230,7 @@ def test_training_uses_dropout():
 
 @pytest.mark.parametrize("alpha", [None, 0.01, 0.1, 100])
 @pytest.mark.parametrize("num_partitions", [1, 3, 10])
-def test_partitions_are_disjoint_complete_and_always_the_same(num_partitions, alpha):
+def test_partitions_are_disjoint_complete_and_deterministic(num_partitions, alpha):
     labels = np.random.RandomState(0).randint(10, size=2_003)
     partitions = cifar.partition(labels, num_partitions, alpha)
     assert np.array_equal(np.sort(np.concatenate(partitions)), np.arange(2_003))
@@ -259,12 +259,12 @@ def test_partitions_are_drawn_from_dirichlet_class_by_class():
 
 @pytest.mark.parametrize("alpha", [0.1, 1.0])
 def test_no_partition_is_empty(alpha):
-    """Of few images, most partitions would get none: each has one from the largest then."""
+    """With few images, most partitions would be empty: each gets one from the largest."""
     partitions = cifar.partition(np.arange(30) % 10, 30, alpha)
     assert sorted(part.tolist() for part in partitions) == [[i] for i in range(30)]
 
 
-def test_a_client_holds_only_its_partition_in_memory_and_its_tests_are_iid(small_root):
+def test_only_the_partition_is_in_memory_and_test_images_are_iid(small_root):
     trainloader, testloader, _ = cifar.load_data(data_root=small_root, num_partitions=3, alpha=0.1)
     for dataset in (trainloader.dataset, testloader.dataset):
         assert dataset.images.untyped_storage().nbytes() == len(dataset) * 3072
@@ -291,7 +291,7 @@ def test_partition_without_images_is_an_error(call, small_root, partition_id, nu
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", "list", "other", "partial", "shape", "nan"])
-def test_what_is_no_model_is_an_error(call, tmp_path, content):
+def test_invalid_model_is_an_error(call, tmp_path, content):
     path = tmp_path / "model.pt"
     state = cifar.Net().state_dict()
     objects = {
@@ -307,12 +307,16 @@ def test_what_is_no_model_is_an_error(call, tmp_path, content):
     else:
         torch.save(value, path)
     (line,) = call("cifar", "--evaluate", path, code=1).splitlines()
-    problem = "is not usable" if content == "nan" else "is not a state_dict of cifar.Net"
-    assert line.startswith(f"{path} {problem}: ") and reason in line
+    problem = (
+        f"Cannot use the model {path}: "
+        if content == "nan"
+        else f"{path} is not a state_dict of cifar.Net: "
+    )
+    assert line.startswith(problem) and reason in line
 
 
-def test_evaluating_needs_a_model(call):
-    line = "Cannot read the model none.pt: No such file or directory.\n"
+def test_missing_model_is_an_error(call):
+    line = "Cannot use the model none.pt: [Errno 2] No such file or directory: 'none.pt'\n"
     assert call("cifar", "--synthetic", "--evaluate", "none.pt", code=1) == line
 
 
@@ -337,7 +341,7 @@ WRONG_PARAMETERS = [
         lambda old: [*with_bias(old, old[3][:5])[:8], old[8][:2], old[9]],
         OTHER.format("float32(5,)"),
     ),
-    (lambda old: with_bias(old, old[3].astype(float)), OTHER.format("float64(16,)")),
+    (lambda old: with_bias(old, old[3].astype(int)), OTHER.format("int64(16,)")),
     (lambda old: [*old[:3], *old[:2:-1]], OTHER.format("float32(10,)")),
     (lambda old: with_bias(old, old[3] - np.float32(np.inf)), "NaN or infinity in conv2.bias"),
     (lambda old: old[:3], "conv2.bias is missing: got 3 of 10 parameters"),
@@ -355,18 +359,18 @@ def test_first_parameter_that_differs_is_named_and_none_is_set(spoil, message):
     assert_equal(cifar.get_parameters(net), before)
 
 
-def test_parameters_that_are_set_are_those_that_are_got():
+def test_set_parameters_restores_what_get_parameters_returned():
     ours, theirs = cifar.Net(), cifar.Net()
     arrays = cifar.get_parameters(theirs)
     cifar.set_parameters(ours, arrays)
     for array in arrays:
-        array += 1  # a copy was taken of them, and they were copies
+        array += 1  # both functions make copies
     for name, value in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value)
 
 
 def test_only_the_shared_state_is_exchanged(monkeypatch):
-    """As README.md has it for a layer that each client keeps to itself."""
+    """As in README.md's FedBN, where each client keeps some layers to itself."""
 
     def without_the_last(net):
         return {k: v for k, v in net.state_dict().items() if not k.startswith("fc3")}
@@ -385,7 +389,7 @@ def test_only_the_shared_state_is_exchanged(monkeypatch):
 
 @pytest.fixture
 def web(small_cifar, monkeypatch):
-    """Serve the small archive; return its address, the requests so far, a switch that stalls it."""
+    """Serve the small archive; return its URL, the requests, and an event that, cleared, stalls."""
     requests, go_on = queue.SimpleQueue(), threading.Event()
     go_on.set()
 
@@ -400,7 +404,7 @@ def web(small_cifar, monkeypatch):
 
     handler = functools.partial(Handler, directory=small_cifar.root)
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    httpd.handle_error = lambda *args: None  # a client that is killed, or has seen enough
+    httpd.handle_error = lambda *args: None  # clients that disconnect early
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{httpd.server_port}/cifar-10-python.tar.gz", requests, go_on
     go_on.set()
@@ -418,10 +422,10 @@ def test_offline_says_what_to_do(call, small_root, tmp_path):
     assert lines == ["Centralized PyTorch training", "Load data", downloading(root)]
     problem = f"Cannot download CIFAR-10 from {cifar.DATA_URL} to {root} (<urlopen error "
     assert last.startswith(problem)
-    assert last.endswith("). Put cifar-10-python.tar.gz there, or use --synthetic.")
+    assert last.endswith("). Put that file there, or use --synthetic.")
 
 
-def test_address_named_is_the_one_that_is_fetched():
+def test_download_url_is_torchvisions():
     assert cifar.DATA_URL == torchvision.datasets.CIFAR10.url
 
 
@@ -435,10 +439,10 @@ def test_data_root_that_is_a_file_or_below_one_is_an_error(call, small_root):
 
 @pytest.fixture
 def reading(monkeypatch):
-    """Let reading the images, and downloading them if that is given, raise these errors."""
+    """Make read_images() raise the first error, or the second when it is to download."""
 
     def raising(found, downloaded=None):
-        def read_images(root, download):
+        def read_images(root, train, download):
             raise downloaded if download else found
 
         monkeypatch.setattr(cifar, "read_images", read_images)
@@ -446,17 +450,17 @@ def reading(monkeypatch):
     return raising
 
 
-@pytest.mark.parametrize("kind", [RuntimeError, ConnectionResetError, http.client.HTTPException])
-def test_whatever_stops_the_download_is_one_line(call, reading, tmp_path, kind):
+@pytest.mark.parametrize("kind", [RuntimeError, ConnectionResetError])
+def test_failed_download_is_one_line(call, reading, tmp_path, kind):
     missing = RuntimeError("not found. You can use download=True to download it")
     reading(missing, kind("ju\nnk"))
     output = call("cifar", "--data-root", tmp_path, code=1)
     where = f"from {cifar.DATA_URL} to {tmp_path} (ju nk)"
-    todo = "Put cifar-10-python.tar.gz there, or use --synthetic."
+    todo = "Put that file there, or use --synthetic."
     assert output.splitlines()[-1] == f"Cannot download CIFAR-10 {where}. {todo}"
 
 
-def test_images_that_cannot_be_read_are_one_line(call, reading):
+def test_unreadable_images_are_one_line(call, reading):
     reading(PermissionError(13, "Permission denied", "a file"))
     reason = "[Errno 13] Permission denied: 'a file'"
     last = call("cifar", code=1).splitlines()[-1]
@@ -470,7 +474,7 @@ def test_bug_in_read_images_is_not_taken_for_missing_images(call, reading):
 
 
 def test_stalled_download_ends(call, small_root, monkeypatch, tmp_path, web):
-    """What the script waits for at most is made shorter here; were it for ever, this would fail."""
+    """The timeout is shortened here; without one, this test would hang."""
     url, requests, go_on = web
     go_on.clear()
     set_timeout = socket.setdefaulttimeout
@@ -479,7 +483,7 @@ def test_stalled_download_ends(call, small_root, monkeypatch, tmp_path, web):
         patch.setattr(socket, "setdefaulttimeout", lambda s: set_timeout(s and s / 100))
         assert "timed out" in call("cifar", "--data-root", tmp_path, code=1).splitlines()[-1]
     requests.get(timeout=60)
-    assert socket.getdefaulttimeout() is None, "other connections of the process wait as before"
+    assert socket.getdefaulttimeout() is None, "the default is restored"
 
 
 def test_archive_alone_is_enough(start, cifar_copy):
@@ -497,7 +501,7 @@ def test_damaged_file_is_unpacked_again(call, copy_root):
     call("cifar", "--epochs", 1, "--data-root", copy_root)
 
 
-REQUESTS = 2  # of one download: torchvision looks for redirections first
+REQUESTS = 2  # per download: torchvision checks for redirects first
 
 
 def test_damaged_archive_is_downloaded_again(call, copy_root, web, monkeypatch):
@@ -523,13 +527,13 @@ def test_archive_is_downloaded_once_even_if_the_first_is_killed(start, cifar_cop
     first.kill()
     go_on.set()
     assert [script.end() for script in others] == [0, 0], others[0].output + others[1].output
-    assert requests.qsize() == REQUESTS, "those of one of the others"
+    assert requests.qsize() == REQUESTS, "only one of the others downloads"
 
 
 # Saving and evaluating a model.
 
 
-def test_model_is_saved_where_the_user_says_and_nowhere_else(call, small_root, tmp_path):
+def test_model_is_saved_only_where_requested(call, small_root, tmp_path):
     arguments = ["cifar", "--epochs", 1, "--data-root", small_root, "--seed", 1]
     without = call(*arguments)
     (tmp_path / "model.json").write_text('{"name": "my own"}', encoding="utf-8")
@@ -543,7 +547,7 @@ def test_model_is_saved_where_the_user_says_and_nowhere_else(call, small_root, t
 
 
 @needs_posix
-def test_link_to_a_model_is_followed(call, small_root, tmp_path):
+def test_symbolic_link_to_a_model_is_followed(call, small_root, tmp_path):
     (tmp_path / "link.pt").symlink_to(tmp_path / "kept.pt")
     call("cifar", "--epochs", 1, "--data-root", small_root, "--model", tmp_path / "link.pt")
     assert (tmp_path / "link.pt").is_symlink() and (tmp_path / "kept.pt").is_file()
@@ -551,14 +555,14 @@ def test_link_to_a_model_is_followed(call, small_root, tmp_path):
     assert "argument --model: " in call("cifar", "--model", tmp_path / "link-to.json.pt", code=2)
 
 
-def of_rounds(*data):
+def history_of(*data):
     return json.dumps([{"round": 1, "data": each} for each in data]).encode()
 
 
 def test_model_of_a_federation_is_not_overwritten(call, tmp_path):
     path = tmp_path / "model.pt"
     path.write_bytes(b"weights")
-    path.with_suffix(".json").write_bytes(of_rounds("generated images"))
+    path.with_suffix(".json").write_bytes(history_of("generated images"))
     line = f"{path} is the model of a federated run: pass a different --model.\n"
     assert call("cifar", "--synthetic", "--model", path, code=1) == line
     assert path.read_bytes() == b"weights"
@@ -567,11 +571,11 @@ def test_model_of_a_federation_is_not_overwritten(call, tmp_path):
 GENERATED = "generated images in 2 partitions (IID)"
 HISTORIES = {
     "no history": (None, []),
-    "a round": (of_rounds("CIFAR-10"), ["Trained on CIFAR-10"]),
-    "two rounds": (of_rounds("CIFAR-10", GENERATED), [f"Trained on {GENERATED}"]),
+    "a round": (history_of("CIFAR-10"), ["Trained on CIFAR-10"]),
+    "two rounds": (history_of("CIFAR-10", GENERATED), [f"Trained on {GENERATED}"]),
     "no data": (b'[{"round": 1}]', ["Trained on unknown data"]),
     "no round": (b"[]", []),
-    "half": (of_rounds("generated images")[:-5], []),
+    "half": (history_of("generated images")[:-5], []),
     "no list": (b'{"data": "generated images"}', []),
     "unknown data": (b'[{"data": null}]', []),
     "no text": (b"\xff\xfe\xfd", []),
@@ -579,7 +583,7 @@ HISTORIES = {
 
 
 @pytest.mark.parametrize("name", HISTORIES)
-def test_evaluation_says_what_a_model_was_trained_on(call, small_root, tmp_path, name):
+def test_evaluation_prints_what_a_model_was_trained_on(call, small_root, tmp_path, name):
     history, trained_on = HISTORIES[name]
     path = tmp_path / "model.pt"
     torch.save(cifar.Net().state_dict(), path)
@@ -649,7 +653,7 @@ def test_wrong_flag_is_an_error_of_argparse(call, monkeypatch, tmp_path, command
 @pytest.mark.parametrize(
     "text", ["", "host", ":80", "h:0", "h:65536", "http://h:80", "x:y", "h:-1", "h:80/x"]
 )
-def test_what_is_no_address_is_an_error(call, text):
+def test_invalid_address_is_an_error(call, text):
     message = f"argument --server-address: {text!r} is not HOST:PORT"
     assert message in call("client", f"--server-address={text}", code=2)
 
@@ -660,20 +664,20 @@ def test_addresses_are_accepted():
 
 
 @pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="this user may write everywhere"
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root can write anywhere"
 )
-def test_model_in_a_folder_of_others_is_an_error(call, tmp_path):
+def test_model_in_a_read_only_directory_is_an_error(call, tmp_path):
     tmp_path.chmod(0o500)
     output = call("cifar", "--synthetic", "--model", tmp_path / "model.pt", code=2)
     assert "argument --model: " in output
 
 
-# How a script ends.
+# Output and exit codes.
 
 AT_EXIT = "import atexit\natexit.register(print, 'cleaned up')\n"
 
 
-def test_error_for_the_user_is_one_line_on_any_terminal(start, program):
+def test_user_error_is_one_line_in_any_encoding(start, program):
     path = program(
         f"{AT_EXIT}def main():\n"
         r"    print('\u6570')" + "\n    raise cifar.UserError('Put it there.')\n"
@@ -692,7 +696,7 @@ def test_bug_is_a_traceback(start, program):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_disk_where_the_output_goes_is_full(program):
+def test_full_disk_for_the_output_is_one_line(program):
     command = [sys.executable, program("cifar.run_main(lambda: print('line'))\n")]
     with open("/dev/full", "wb") as full:
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
@@ -706,7 +710,7 @@ def test_output_may_be_closed(monkeypatch):
 
 
 @needs_posix
-def test_lines_arrive_at_once_and_interrupt_ends_it(start, program):
+def test_output_is_line_buffered_and_ctrl_c_exits(start, program):
     forever = "cifar.run_main(lambda: (print('begun'), threading.Event().wait()))\n"
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does before `script &`
     script = start(program(f"{AT_EXIT}import threading\n{forever}"))

@@ -1,4 +1,4 @@
-"""client.py: what goes to the server and what comes from it; without a network."""
+"""Tests of client.py, without a network: what it receives and what it returns."""
 
 import inspect
 
@@ -15,6 +15,7 @@ from flwr.common import (
     ndarrays_to_parameters,
 )
 from helpers import assert_equal
+from torch.utils.data import BatchSampler, DataLoader
 
 import cifar
 import client
@@ -24,9 +25,9 @@ PROPERTIES = {"client": "me", "data": "generated images", "partition": "all of i
 
 @pytest.fixture
 def made():
-    """Return a client on 320 generated images, tested on 100."""
+    """Return a client with 320 training and 100 test images."""
     trainloader, testloader = (
-        cifar.make_loader(images, range(len(images)), batch_size=32)
+        DataLoader(images, sampler=BatchSampler(range(len(images)), 32, False), batch_size=None)
         for images in (cifar.synthesize(320, seed=1), cifar.synthesize(100, seed=2))
     )
     num_examples = {"trainset": 320, "testset": 100}
@@ -34,7 +35,7 @@ def made():
     return client.CifarClient(net, trainloader, testloader, num_examples, PROPERTIES)
 
 
-def test_wrong_parameters_are_an_error_that_names_the_first(made, capsys):
+def test_error_names_the_first_wrong_parameter(made, capsys):
     given = made.get_parameters({})
     wrong = [*given[:-3], given[-3][:3] + 1, *given[-2:]]
     for use, *config in ((made.set_parameters,), (made.fit, {}), (made.evaluate, {})):
@@ -46,7 +47,7 @@ def test_wrong_parameters_are_an_error_that_names_the_first(made, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_fit_starts_from_the_given_parameters_and_returns_the_trained(made):
+def test_fit_starts_from_the_given_parameters_and_returns_trained_ones(made):
     given = made.get_parameters({})
     before = [value.copy() for value in given]
     made.set_parameters([value * 0 for value in given])
@@ -61,7 +62,7 @@ def test_fit_starts_from_the_given_parameters_and_returns_the_trained(made):
         assert not np.array_equal(ours, untrained)
 
 
-def test_what_fit_returned_does_not_change_later(made):
+def test_fit_returns_copies(made):
     first, _, _ = made.fit(made.get_parameters({}), {})
     before = [value.copy() for value in first]
     made.fit(first, {})
@@ -81,7 +82,7 @@ def test_config_reaches_the_training(made, capsys):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
-def test_evaluate_tests_the_given_parameters(made, capsys):
+def test_evaluate_uses_the_given_parameters(made, capsys):
     given = made.get_parameters({})
     expected = cifar.test(made.model, made.testloader, cifar.DEVICE)
     made.set_parameters([value * 0 for value in given])
@@ -101,25 +102,24 @@ def test_clients_without_a_seed_shuffle_differently():
     assert order("--seed", "7") == order("--seed", "7")
 
 
-# Its data.
+# The client's data.
 
 
 @pytest.fixture
 def few_images(monkeypatch, tmp_path):
-    """Make CIFAR-10 and the generated images 10 images of two classes; return their folder."""
+    """Replace both datasets by 10 images of two classes; return a data root."""
 
     def images(name):
         pixels = torch.zeros(10, 32, 32, 3, dtype=torch.uint8)
         return cifar.Images(name, pixels, torch.arange(10) % 2, ["cat", "dog"])
 
-    both = images("CIFAR-10"), images("CIFAR-10")
-    monkeypatch.setattr(cifar, "read_images", lambda root, download: both)
+    monkeypatch.setattr(cifar, "read_images", lambda root, train, download: images("CIFAR-10"))
     monkeypatch.setattr(cifar, "synthesize", lambda num_images, seed: images("generated images"))
     return tmp_path
 
 
-def told(made):
-    """Return what the server is told about a client's images, with its training and its tests."""
+def reported(made):
+    """Return what a client reports to the server about its data."""
     parameters = ndarrays_to_parameters(made.numpy_client.get_parameters({}))
     trained = made.fit(FitIns(parameters, {}))
     tested = made.evaluate(EvaluateIns(parameters, {}))
@@ -138,65 +138,65 @@ DATA = {
 
 
 @pytest.mark.parametrize("flags", DATA)
-def test_client_says_which_data_it_has(few_images, capsys, flags):
+def test_client_reports_its_data(few_images, capsys, flags):
     arguments = ["--data-root", str(few_images), *flags.split()]
     made = client.make_client(client.make_parser().parse_args(arguments), "myself").to_client()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Client myself"
     assert lines[1].endswith(": {} training / {} test images".format(*DATA[flags][2]))
     expected = dict(zip(["data", "partition", "images"], DATA[flags]))
-    assert told(made) == {"client": "myself", "classes": "cat, dog", **expected}
+    assert reported(made) == {"client": "myself", "classes": "cat, dog", **expected}
 
 
 @pytest.fixture
-def from_engine(few_images, monkeypatch):
-    """Make clients as Flower's engine does, from a run's and a node's config."""
-    monkeypatch.setattr(client, "clients", {})
+def from_engine(few_images):
+    """Make clients as Flower's engine does, from a run config and a node config."""
+    client.load_data.cache_clear()
 
     def client_of(run, **node):
         run_config = {"rounds": 3, "num-partitions": 9, "alpha": 0.5, "synthetic": True, **run}
         node_config = {"num-partitions": 2, "data-root": str(few_images), **node}
         return client.client_fn(Context(7, 12, node_config, RecordDict(), run_config))
 
-    return client_of
+    yield client_of
+    client.load_data.cache_clear()
 
 
-def test_flowers_engine_gets_the_same_client_again(from_engine):
-    """Which images it has follows from both configs, and the node's own wins."""
+def test_engine_loads_the_data_of_a_client_once(from_engine):
+    """The node config takes precedence over the run config."""
 
     def client_of(partition_id, **run):
         return from_engine(run, **{"partition-id": partition_id})
 
     first, second, real = client_of(0), client_of(1), client_of(1, synthetic=False)
-    again = client_of(0), client_of(1)
-    assert [made.numpy_client for made in again] == [first.numpy_client, second.numpy_client]
+    for made, again in ((first, client_of(0)), (second, client_of(1))):
+        assert again.numpy_client.trainloader is made.numpy_client.trainloader
     for made, number in ((first, 0), (second, 1)):
-        assert told(made)["client"] == told(made)["partition"] == f"partition {number}"
-    assert told(second)["data"] == "generated images in 2 partitions (alpha 0.5)"
-    assert told(real)["data"] == "CIFAR-10 in 2 partitions (alpha 0.5)"
+        assert reported(made)["client"] == reported(made)["partition"] == f"partition {number}"
+    assert reported(second)["data"] == "generated images in 2 partitions (alpha 0.5)"
+    assert reported(real)["data"] == "CIFAR-10 in 2 partitions (alpha 0.5)"
 
 
-def test_flowers_engine_names_a_node_without_a_partition(from_engine):
-    assert told(from_engine({}))["client"] == "node 12"
+def test_engine_names_a_node_without_a_partition(from_engine):
+    assert reported(from_engine({}))["client"] == "node 12"
 
 
-# Dead links. test_federation.py has one, and a client that trains for longer than it takes to
-# find one; here is what gRPC is told, with TLS and without.
+# Keep-alive: the options that gRPC gets. test_federation.py tests what they do.
 
 
 def insecure_channel(target, options=None, compression=None):
-    """Stand in for gRPC's, which has these arguments; return them."""
+    """Stand in for gRPC's function: return the arguments."""
     return {"target": target, "options": options, "compression": compression}
 
 
 def secure_channel(target, credentials, options=None, compression=None):
-    """Stand in for gRPC's, which has these arguments; return them."""
+    """Stand in for gRPC's function: return the arguments."""
     return {"credentials": credentials, **insecure_channel(target, options, compression)}
 
 
 @pytest.fixture
 def kept_alive(monkeypatch):
-    """Wrap functions that open nothing, but have gRPC's signatures, as main() wraps gRPC's."""
+    """Wrap stand-ins for gRPC's functions as main() wraps gRPC's own."""
     for stand_in in (insecure_channel, secure_channel):
         real = inspect.signature(getattr(grpc, stand_in.__name__))
         assert list(real.parameters) == list(inspect.signature(stand_in).parameters)
@@ -204,16 +204,16 @@ def kept_alive(monkeypatch):
 
 
 def assert_alive(opened, own):
-    """Check that a channel has its own options, and those that find a dead link."""
+    """Check that a channel has its own options, and those for keep-alive."""
     options = dict(opened["options"])
     assert len(options) == len(opened["options"])
-    # A gRPC server takes one ping every five minutes, and hangs up on who sends more.
+    # gRPC servers disconnect clients that ping more than once per 5 minutes.
     assert 300_000 < options.pop("grpc.keepalive_time_ms") <= 360_000
     assert options.pop("grpc.http2.max_pings_without_data") == 0
     assert options == own
 
 
-def test_channels_find_a_dead_link_however_they_are_opened(kept_alive):
+def test_every_channel_has_keep_alive(kept_alive):
     own = [("own", 1)]
     for opened in (
         grpc.insecure_channel("host:1", options=own, compression="gzip"),

@@ -1,4 +1,4 @@
-"""The three scripts as processes over gRPC, and whatever happens to one of them."""
+"""End-to-end tests: the scripts as processes, which fail, hang or are stopped."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ from helpers import ROOT, free_address, history
 import cifar
 
 FOREVER = ["--local-epochs", 10**6]
-LONG = ["--local-epochs", 20]  # a round on the small CIFAR-10 that takes a second
+LONG = ["--local-epochs", 20]  # a round takes about a second
 OK = Status(Code.OK, "")
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="Windows has no signals")
 
@@ -51,7 +51,7 @@ class Learner(flwr.client.NumPyClient):
 
 @pytest.fixture
 def join(address):
-    """Join as a client within this process, once the server is there."""
+    """Run a client in a thread of this process; the server must be running."""
     threads = []
 
     def run(client: flwr.client.Client) -> None:
@@ -77,15 +77,15 @@ def assert_done(server, *clients):
 
 
 def name_of(client) -> str:
-    """Return what the process of a client calls itself."""
+    """Return the name of a client that runs as a process."""
     return f"{platform.node()}-{client.process.pid}"
 
 
-# All is well.
+# Without failures.
 
 
 def test_federation_learns(start, start_server, address, tmp_path, call):
-    """The three scripts, as the README starts them, on images that can be learned; in any order."""
+    """The README's commands on generated images, with the clients started first."""
     arguments = ["client.py", "--server-address", address, "--synthetic"]
     clients = [start(*arguments, "--seed", seed) for seed in (1, 2)]
     for client in clients:
@@ -111,7 +111,7 @@ def test_federation_learns(start, start_server, address, tmp_path, call):
 
 
 def test_seeds_make_a_run_repeatable(start, small_cifar, tmp_path):
-    """Two runs side by side, whose clients join in another order."""
+    """Two runs at the same time, whose clients join in different orders."""
     scripts = []
     runs = [(free_address(), "a.pt", (1, 2)), (free_address(), "b.pt", (2, 1))]
     for address, model, _ in runs:
@@ -129,7 +129,7 @@ def test_seeds_make_a_run_repeatable(start, small_cifar, tmp_path):
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
 
 
-# Runs a script as `python script.py ...` does, and prints who is told about it, and when it ends.
+# Runs a script, and prints each HTTP request that it sends, and when it exits.
 WATCHED = """
 import atexit, runpy
 sys.addaudithook(lambda event, args: event == "urllib.Request" and print("request to", args[0]))
@@ -138,7 +138,7 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
 
 
-def test_exit_hooks_run_and_nothing_is_reported_to_flowers_makers(start, address, program):
+def test_exit_hooks_run_and_no_telemetry_is_sent(start, address, program):
     path = program(WATCHED)
     flags = ["--server-address", address]
     scripts = [
@@ -152,10 +152,10 @@ def test_exit_hooks_run_and_nothing_is_reported_to_flowers_makers(start, address
         assert "request to" not in script.output
 
 
-# Clients that come and go.
+# Clients that fail.
 
 
-def test_client_gives_up_waiting(call, address, small_root, monkeypatch):
+def test_client_stops_waiting_for_the_server(call, address, small_root, monkeypatch):
     for name in ("insecure_channel", "secure_channel"):  # main() wraps them: undone afterwards
         monkeypatch.setattr(grpc, name, getattr(grpc, name))
     flags = ["--data-root", small_root, "--wait", 1]
@@ -166,7 +166,7 @@ def test_client_gives_up_waiting(call, address, small_root, monkeypatch):
         assert last.endswith(": Connection refused (is it running?).")
 
 
-def test_client_dies_in_a_round(start_server, start_client, join, tmp_path):
+def test_client_is_killed_during_a_round(start_server, start_client, join, tmp_path):
     server = start_server(*FOREVER, "--round-timeout", 600)
     client = start_client()
     client.until("Connected to the server")
@@ -189,7 +189,7 @@ cifar.run_main(client.main)
 """
 
 
-def test_client_fails_in_its_own_training(start, start_server, join, address, program):
+def test_client_raises_an_exception_during_training(start, start_server, join, address, program):
     server = start_server("--rounds", 1)
     client = start(program(BROKEN), "--synthetic", "--server-address", address)
     client.until("Connected to the server")
@@ -228,7 +228,7 @@ def test_client_hangs(start, start_server, join, address, program, tmp_path):
     assert [record["clients"] for record in history(tmp_path / "global_model.pt")] == [1, 1]
 
 
-def test_server_dies_in_a_round(start_server, start_client, tmp_path):
+def test_server_is_killed_during_a_round(start_server, start_client, tmp_path):
     path = tmp_path / "global_model.pt"
     server = start_server(*LONG, "--rounds", 2)
     clients = [start_client(), start_client()]
@@ -246,11 +246,11 @@ def test_server_dies_in_a_round(start_server, start_client, tmp_path):
     assert "Round 2/2" in server.output and "Round 1/2" not in server.output
 
 
-# What should not be sent.
+# Invalid messages.
 
 
-def test_server_takes_anything_at_its_port(start_server, join, address):
-    """Bytes that are no gRPC, a client that never answers, answers to other questions."""
+def test_server_survives_invalid_messages(start_server, join, address):
+    """Bytes that are not gRPC, a client that never answers, and one with wrong answers."""
     server = start_server("--min-clients", 2, "--rounds", 1)
     server.until("Waiting for clients: 0 of 2")
     host, port = address.split(":")
@@ -273,8 +273,8 @@ def test_server_takes_anything_at_its_port(start_server, join, address):
         assert_done(server)
 
 
-def test_goodbye_is_not_waited_for_for_ever(start_server, address: str, tmp_path) -> None:
-    """A client answers everything but Flower's last message."""
+def test_disconnecting_clients_has_a_time_limit(start_server, address: str, tmp_path) -> None:
+    """A client answers every message but the last, which disconnects it."""
     server = start_server("--min-clients", 1, "--rounds", 1)
     server.until("Waiting for clients: 0")
     with grpc.insecure_channel(address) as channel:
@@ -294,22 +294,21 @@ def test_goodbye_is_not_waited_for_for_ever(start_server, address: str, tmp_path
     assert server.output.endswith(f"Model: {tmp_path / 'global_model.pt'}\n")
 
 
-# Work and waiting of any length.
+# Long training, and dead connections.
 
-# Runs a script as `python script.py ...` does, but with every interval at which gRPC asks for, or
-# allows to be asked for, a sign of life a hundredth of what it is: that of the server's allowance
-# is gRPC's own, 5 minutes. And a client's training takes 7 s, as if it were 700.
-HURRIED = """
+# Runs a script with gRPC's keep-alive intervals divided by 100, including the server's minimum
+# between two pings (5 minutes by default). A client's training takes 7 s, as if it were 700.
+ACCELERATED = """
 import os, runpy, time
 import grpc
 ALLOWED = ("grpc.http2.min_ping_interval_without_data_ms", 300_000)
-def hurried(make, *more):
-    def hurry(options):
+def accelerated(make, *more):
+    def accelerate(options):
         return [(name, value // 100 if name.endswith("_ms") else value) for name, value in options]
     return lambda *args, options=(), **kwargs: make(
-        *args, options=hurry([*more, *options]), **kwargs)
-grpc.server = hurried(grpc.server, ALLOWED)
-grpc.insecure_channel = hurried(grpc.insecure_channel, *PINGS)
+        *args, options=accelerate([*more, *options]), **kwargs)
+grpc.server = accelerated(grpc.server, ALLOWED)
+grpc.insecure_channel = accelerated(grpc.insecure_channel, *PINGS)
 train = cifar.train
 def long(*args, **kwargs):
     time.sleep(7)
@@ -321,9 +320,9 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 FEW = ["--synthetic", "--num-partitions", 100]
 
 
-def test_client_may_train_for_longer_than_any_patience(start, address, program, tmp_path):
-    """One is at work for long, another waits for it that long; nobody is cut off."""
-    path = program(f"PINGS = []{HURRIED}")
+def test_long_training_is_not_interrupted(start, address, program, tmp_path):
+    """One client trains for long, and another waits for it: neither is disconnected."""
+    path = program(f"PINGS = []{ACCELERATED}")
     flags = ["--server-address", address]
     server = start(path, ROOT / "server.py", *flags, "--rounds", 1)
     clients = [
@@ -338,7 +337,7 @@ def test_client_may_train_for_longer_than_any_patience(start, address, program, 
 
 
 class Link:
-    """A connection to the server that can die: nothing passes any more, and nobody is told."""
+    """A proxy for the server that can drop all traffic without closing a connection."""
 
     def __init__(self, address: str) -> None:
         host, _, port = address.partition(":")
@@ -365,25 +364,25 @@ class Link:
                 other.shutdown(socket.SHUT_WR)
 
 
-def test_client_notices_a_dead_link(start, start_server, address, program):
+def test_client_detects_a_dead_connection(start, start_server, address, program):
     server = start_server()
     server.until("Waiting for clients: 0 of 2")
     link = Link(address)
     with link.listener:
-        # gRPC's own limit for an answer to a ping; hurried, like all the others
-        path = program(f"PINGS = [('grpc.http2.ping_timeout_ms', 60_000)]{HURRIED}")
+        # gRPC's default time limit for the answer to a ping
+        path = program(f"PINGS = [('grpc.http2.ping_timeout_ms', 60_000)]{ACCELERATED}")
         client = start(path, ROOT / "client.py", "--server-address", link.address, *FEW)
         server.until("Waiting for clients: 1 of 2")
         link.dead = True
         client.until("), reconnecting for up to 60 s\n", after="Connection to the server lost (")
 
 
-# How a server ends.
+# How the scripts end.
 
 
 @needs_posix
-def test_server_ends_if_nobody_reads_what_it_prints(address, join, tmp_path):
-    """As in `python3 server.py | head`: it must not stay."""
+def test_server_exits_if_its_output_is_closed(address, join, tmp_path):
+    """As in `python3 server.py | head`: it must not keep running."""
     command = [sys.executable, ROOT / "server.py", "--server-address", address]
     with subprocess.Popen(
         [*command, "--min-clients", "1", "--rounds", "1000"],
@@ -430,7 +429,7 @@ def test_error_in_a_strategy_ends_the_server(start, join, address, program, tmp_
 
 @pytest.fixture
 def busy(join):
-    """Join as a client that trains until the test is over."""
+    """Return a function that starts a client, which trains until the test ends."""
     over = threading.Event()
 
     class Busy(Learner):
@@ -460,7 +459,7 @@ def test_server_is_stopped(start_server, busy, name, tmp_path):
 
 
 @needs_posix
-def test_clients_are_stopped_and_the_other_goes_on(start_server, start_client, join):
+def test_round_continues_without_stopped_clients(start_server, start_client, join):
     server = start_server(*FOREVER, "--rounds", 1, "--min-clients", 3)
     clients = [start_client(), start_client()]
     for client in clients:
@@ -476,7 +475,7 @@ def test_clients_are_stopped_and_the_other_goes_on(start_server, start_client, j
         assert f"Round 1/1: client {name_of(client)!r} lost: disconnected\n" in server.output
 
 
-def test_port_that_is_taken_is_told_in_one_line(start):
+def test_port_in_use_is_one_line(start):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         server = start("server.py", "--server-address", address)

@@ -1,4 +1,4 @@
-"""What the README tells its reader to do works as written: TLS, Flower's engine, the examples."""
+"""The README's commands and examples work as written."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def tls(tmp_path):
 
 
 @on_linux
-def test_tls_lets_in_who_trusts_the_authority_and_tells_the_others_why(
+def test_tls_admits_clients_that_trust_the_ca_and_tells_the_others_why(
     start, address, small_cifar, tls, tmp_path
 ):
     command = block("bash", "--ssl-certfile").replace("~/federation-tls", str(tls)).split()
@@ -113,7 +113,7 @@ def test_tls_lets_in_who_trusts_the_authority_and_tells_the_others_why(
 
 
 @on_linux
-def test_client_with_tls_is_told_that_the_server_has_none(start, address, small_cifar, tls):
+def test_client_with_tls_reports_that_the_server_has_none(start, address, small_cifar, tls):
     headings = re.findall("^## (.*)", README, re.MULTILINE)
     host = address.replace("127.0.0.1", "0.0.0.0")
     server = start("server.py", "--server-address", host)
@@ -126,12 +126,12 @@ def test_client_with_tls_is_told_that_the_server_has_none(start, address, small_
     assert "it does not use TLS; remove --root-certificates" in client.output
 
 
-# Flower's engine, and the example.
+# Flower's engine.
 
 
 @on_linux
-def test_flowers_engine_runs_the_same_server_and_clients(tmp_path):
-    """Make the folder and run the commands that the README shows, on ports that are free."""
+def test_engine_runs_the_same_server_and_clients(tmp_path):
+    """Create the README's files and run its commands, on free ports."""
     app, home = tmp_path / "app", tmp_path / "home"
     app.mkdir()
     home.mkdir()
@@ -157,7 +157,7 @@ def test_flowers_engine_runs_the_same_server_and_clients(tmp_path):
     started = []
 
     def start_until(command: str, text: str) -> None:
-        """Start a command of the README, and wait until it has printed the text."""
+        """Start a command, and wait until it prints the text."""
         process = subprocess.Popen(
             ["bash", "-c", f"exec {command}"],
             cwd=app,
@@ -221,7 +221,7 @@ def apply(folder: Path, *examples: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_example_needs_no_other_is_formatted_and_can_be_undone(tmp_path, name):
+def test_example_stands_alone_is_formatted_and_can_be_undone(tmp_path, name):
     apply(tmp_path, name)
     shutil.copy(ROOT / ".ruff.toml", tmp_path)
     for command in (["check"], ["format", "--check"]):
@@ -300,9 +300,7 @@ def evaluated(tmp_path, call):
         (1, ["Group normalization", "Evaluation at the server"]),
     ],
 )
-def test_model_that_is_kept_is_the_one_that_was_tested(
-    tmp_path, federate, evaluated, rounds, examples
-):
+def test_saved_model_is_the_one_that_was_evaluated(tmp_path, federate, evaluated, rounds, examples):
     apply(tmp_path, *examples)
     records, server, _ = federate(rounds, synthetic(2, 2))
     last = records[-1]
@@ -337,7 +335,7 @@ def test_model_that_is_kept_is_the_one_that_was_tested(
         assert last["centralized"] == {}
 
 
-def test_proximal_term_holds_the_weights_back(tmp_path, start):
+def test_proximal_term_keeps_the_weights_close(tmp_path, start):
     """Its gradient is mu times the distance from the global weights."""
     apply(tmp_path, "FedProx")
     program = tmp_path / "distance.py"
@@ -359,8 +357,8 @@ def test_proximal_term_holds_the_weights_back(tmp_path, start):
     assert held < 0.8 * free
 
 
-def test_other_data_set_of_other_size_and_color(tmp_path, federate, evaluated, call):
-    """Grey images of 28x28 in MNIST's format: a bright bar, whose place is the class."""
+def test_dataset_of_another_size_and_color(tmp_path, federate, evaluated, call):
+    """Grayscale images in MNIST's format: a bright bar, whose position is the class."""
     folder = tmp_path / "data" / "MNIST" / "raw"
     folder.mkdir(parents=True)
     random = np.random.RandomState(0)
@@ -387,7 +385,7 @@ def test_other_data_set_of_other_size_and_color(tmp_path, federate, evaluated, c
 
 
 def draw(folder: Path, seed: int) -> None:
-    """Make 60 images in three subfolders: a dark bar whose place is the class, of any size."""
+    """Make 60 images of any size in three subfolders: the position of a dark bar is the class."""
     random = np.random.RandomState(seed)
     for place, name in enumerate(("left", "middle", "right")):
         (folder / name).mkdir(parents=True)
@@ -399,7 +397,7 @@ def draw(folder: Path, seed: int) -> None:
             picture.save(folder / name / f"{number}.{'png' if number % 3 else 'jpg'}")
 
 
-def test_folders_of_images_that_differ_from_machine_to_machine(tmp_path, federate, evaluated, call):
+def test_folders_of_images_that_differ_between_machines(tmp_path, federate, evaluated, call):
     apply(tmp_path, "Folders of images")
     machines = [tmp_path / "laptop", tmp_path / "desktop"]
     for seed, machine in enumerate(machines):
@@ -420,7 +418,7 @@ def test_folders_of_images_that_differ_from_machine_to_machine(tmp_path, federat
         assert line.endswith(" Check --data-root.")
 
 
-def test_sampled_clients_and_a_schedule_that_continues_after_a_resume(tmp_path, federate):
+def test_sampling_and_a_schedule_that_continues_after_resume(tmp_path, federate):
     apply(tmp_path, "Client sampling", "Learning-rate schedule")
     records, server, outputs = federate(2, synthetic(2, 10), trained=1)
     assert "Round 2/2: training on 1 of 2 clients\n" in server
@@ -432,9 +430,7 @@ def test_sampled_clients_and_a_schedule_that_continues_after_a_resume(tmp_path, 
     assert rates == pytest.approx([0.001, 0.0009, 0.00081])
 
 
-def test_training_loss_and_batch_normalization_that_stays_at_the_clients(
-    tmp_path, federate, evaluated, start
-):
+def test_training_loss_and_fedbn(tmp_path, federate, evaluated, start):
     apply(tmp_path, "Training loss", "FedBN")
     records, server, outputs = federate(1, [["--synthetic"], ["--synthetic"]])
     means = []
@@ -461,7 +457,7 @@ def test_training_loss_and_batch_normalization_that_stays_at_the_clients(
     assert server.end() == 0 and "All 1 rounds are done" in server.output
 
 
-def test_both_sides_name_what_differs_between_their_networks(tmp_path, address, start, small_cifar):
+def test_both_sides_name_the_difference_between_their_models(tmp_path, address, start, small_cifar):
     apply(tmp_path, "Batch normalization")
     server = start("server.py", "--server-address", address, "--rounds", 1)
     good = start("client.py", "--server-address", address, "--synthetic")
