@@ -18,6 +18,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -83,8 +84,8 @@ class Images(Dataset):
         return images.float().div_(255).sub_(0.5).div_(0.5), self.labels[index]
 
     def subset(self, indices: np.ndarray) -> "Images":
-        """Return a dataset of only these images, in memory of its own."""
-        images = self.images[indices].contiguous()
+        """Return a dataset of only these images."""
+        images = self.images.index_select(0, torch.from_numpy(indices))
         return replace(self, images=images, labels=self.labels[indices])
 
 
@@ -125,7 +126,7 @@ def load_data(
     # batch_size=None: the dataset gets a sampler's list of indices, and returns a batch.
     batches = BatchSampler(RandomSampler(trainset), batch_size, drop_last=False)
     trainloader = DataLoader(trainset, sampler=batches, batch_size=None)
-    # 250 is the fastest here; the batch size does not change what test() returns.
+    # 250 was the fastest; the batch size does not change what test() returns.
     batches = BatchSampler(range(len(testset)), 250, drop_last=False)
     testloader = DataLoader(testset, sampler=batches, batch_size=None)
     return trainloader, testloader, {"trainset": len(trainset), "testset": len(testset)}
@@ -211,7 +212,7 @@ def read_images(root: Path, train: bool, download: bool) -> Images:
 
 
 def find_images(root: Path, train: bool) -> Images:
-    """Read the training or the test set, downloading both if they are missing."""
+    """Read the training or the test set, downloading both if missing; raises UserError."""
     if root.is_file():
         raise UserError(f"--data-root {root} is a file, not a directory.")
     try:
@@ -231,7 +232,7 @@ def find_images(root: Path, train: bool) -> Images:
     try:
         with FileLock(root / ".lock"), redirect_stderr(progress):
             return read_images(root, train, download=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, HTTPException) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"Cannot download {DATASET} from {DATA_URL} to {root} ({reason}). "
@@ -291,7 +292,7 @@ def check_model(net: nn.Module, dataset: Any) -> None:
     images, _ = dataset[[0]]
     last_class = torch.tensor([len(dataset.classes) - 1])
     try:
-        F.cross_entropy(net.eval()(images.to(DEVICE)), last_class.to(DEVICE))
+        F.cross_entropy(net.eval()(images.to(DEVICE)).cpu(), last_class)
     except (RuntimeError, IndexError) as error:
         shape = f"{tuple(images.shape[1:])} and {len(dataset.classes)} classes"
         raise UserError(f"Net does not fit images of shape {shape}: {error}") from error
@@ -325,9 +326,9 @@ def check_parameters(
         if i == len(arrays):
             raise UserError(f"{name} is missing: got {i} of {len(expected)} parameters")
         array = arrays[i]
-        if array.dtype.kind != "f" or array.shape != value.shape:
-            wanted = f"{value.dtype}{tuple(value.shape)}".removeprefix("torch.")
-            got = f"{array.dtype}{array.shape}"
+        wanted = f"{value.dtype}{tuple(value.shape)}".removeprefix("torch.")
+        got = f"{array.dtype}{array.shape}"
+        if got != wanted:
             raise UserError(f"{name}: expected {wanted}, got {got} (different models?)")
         weight = np.abs(array).max(initial=0)
         if not np.isfinite(weight):
@@ -344,8 +345,10 @@ def load_model(path: Path) -> Net:
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         check_parameters(shared_state(net), get_parameters(net))  # none is NaN
-    except (OSError, UserError) as error:
-        raise UserError(f"Cannot use the model {path}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{path} is not usable: {error}") from error
+    except OSError as error:
+        raise UserError(f"Cannot read the model {path}: {error.strerror}.") from error
     except (
         RuntimeError,
         ValueError,

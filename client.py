@@ -3,7 +3,6 @@
 python3 client.py --partition-id 0 --num-partitions 2    # the first of two partitions
 """
 
-import functools
 import os
 import platform
 import time
@@ -72,18 +71,19 @@ class CifarClient(fl.client.NumPyClient):
 # Utilities: skip on first reading. Connection, flags, Flower's engine; main() is last.
 
 
-load_data = functools.cache(cifar.load_data)  # client_fn() is called for every message
-
-
 def make_client(args: Namespace, name: str) -> CifarClient:
     """Load data and model, and return the client; raises UserError."""
     torch.set_num_threads(args.threads)
     if args.seed is not None:
         torch.manual_seed(args.seed)
     print(f"Client {name}")
-    split = (args.partition_id, args.num_partitions, args.alpha)
-    trainloader, testloader, num_examples = load_data(
-        args.batch_size, args.data_root, args.synthetic, *split
+    trainloader, testloader, num_examples = cifar.load_data(
+        args.batch_size,
+        args.data_root,
+        args.synthetic,
+        args.partition_id,
+        args.num_partitions,
+        args.alpha,
     )
     dataset: Any = trainloader.dataset
     model = cifar.Net().to(cifar.DEVICE)
@@ -141,7 +141,7 @@ def wait_for_server(args: Namespace) -> None:
 def keep_alive(open_channel: Callable) -> Callable:
     """Wrap a function that opens gRPC channels, so that they detect a dead connection.
 
-    By default, they never do. gRPC servers allow one ping per 5 minutes.
+    By default, gRPC never does. Its servers allow one ping per 5 minutes.
     """
     keepalive = [
         ("grpc.keepalive_time_ms", 310_000),
@@ -177,16 +177,22 @@ def make_parser() -> cifar.Parser:
     return parser
 
 
+clients: dict[str, CifarClient] = {}  # the engine calls client_fn() for every message
+
+
 def client_fn(context: fl.common.Context) -> fl.client.Client:
     """Build the client for Flower's engine, from the run config and the node config."""
     import server  # lazy import: only the engine mixes the flags of both scripts
 
     config = {**context.run_config, **context.node_config}
-    args = cifar.parse_config(config, server.make_parser(), make_parser())
-    name = f"node {context.node_id}"
-    if "partition-id" in config:
-        name = f"partition {args.partition_id}"
-    return make_client(args, name).to_client()
+    key = f"{context.node_id} {config}"
+    if key not in clients:
+        args = cifar.parse_config(config, server.make_parser(), make_parser())
+        name = f"node {context.node_id}"
+        if "partition-id" in config:
+            name = f"partition {args.partition_id}"
+        clients[key] = make_client(args, name)
+    return clients[key].to_client()
 
 
 app = fl.client.ClientApp(client_fn=client_fn)
@@ -197,7 +203,7 @@ def main() -> None:
     args = make_parser().parse_args()
     # Load model and data
     client = make_client(args, f"{platform.node()}-{os.getpid()}")
-    # Neither Flower nor the environment can set gRPC's channel options.
+    # Neither Flower nor an environment variable can set these options of gRPC.
     grpc.insecure_channel = keep_alive(grpc.insecure_channel)
     grpc.secure_channel = keep_alive(grpc.secure_channel)
     # Start client

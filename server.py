@@ -58,7 +58,7 @@ class CifarServer(fl.server.Server):
         self.max_workers = 1000  # threads, one per client; Flower's default is 32
         self.args = args
         self.round = 0
-        self.timeout: float | None = None  # s
+        self.timeout: float | None = None  # seconds
         self.logged: set[str] = set()
         self.lock = FileLock(args.model.with_suffix(".lock"))  # held until the end
         try:
@@ -70,7 +70,7 @@ class CifarServer(fl.server.Server):
             torch.manual_seed(args.seed)
         net, self.history = open_run(args.model, args.resume)
         self.parameters = ndarrays_to_parameters(cifar.get_parameters(net))
-        self.expected = cifar.shared_state(net.to("meta"))  # names and shapes: no memory
+        self.expected = cifar.shared_state(net.to("meta"))  # names, types, shapes: no memory
         self.start_strategy()
         if not args.resume:
             self.save()
@@ -79,17 +79,17 @@ class CifarServer(fl.server.Server):
         """Make the strategy, which starts from the global model."""
         config: Metrics = {"lr": self.args.lr, "local_epochs": self.args.local_epochs}
         self.strategy = make_strategy(self.parameters, config)
-        initial = self.strategy.initialize_parameters(self.client_manager())
-        if initial and not self.history:
-            self.parameters = self.check_aggregate(initial)
 
     def fit(self, num_rounds: int, timeout: float | None) -> tuple[History, float]:
         """Run the remaining rounds; raises UserError after three failed attempts in a row."""
         start = time.monotonic()
         self.timeout = timeout
         failed = 0
-        if not self.history and (metrics := self.evaluate_centralized(self.parameters)):
-            print(f"Initial model: centralized {json.dumps(metrics, default=to_plain)}")
+        initial = self.strategy.initialize_parameters(self.client_manager())
+        if not self.history:
+            self.parameters = self.check_aggregate(initial or self.parameters)
+            if metrics := self.evaluate_centralized(self.parameters):
+                print(f"Initial model: centralized {json.dumps(metrics, default=to_plain)}")
         while len(self.history) < num_rounds:
             try:
                 record = self.run_round()
@@ -103,6 +103,7 @@ class CifarServer(fl.server.Server):
                     hint = "Restart with --resume to continue."
                     raise UserError(f"Giving up after 3 failed attempts. {hint}") from error
                 self.start_strategy()  # its state may include a bad aggregate
+                self.strategy.initialize_parameters(self.client_manager())
                 continue
             failed = 0
             self.log_results(record)
@@ -117,7 +118,10 @@ class CifarServer(fl.server.Server):
         return History(), time.monotonic() - start
 
     def run_round(self) -> dict:
-        """Run one round; return its record. Raises UserError, or Disconnected, if it fails."""
+        """Run one round and return its record.
+
+        Raises Disconnected if it fails only because clients were lost, else UserError.
+        """
         self.round = len(self.history) + 1
         clients = self.client_manager()
 
@@ -127,7 +131,7 @@ class CifarServer(fl.server.Server):
             if available != connected:
                 print(f"Waiting for clients: {available} of {self.args.min_clients} connected")
             connected = available
-            clients.wait_for(connected + 1, timeout=1)  # s; then count again: clients may leave
+            clients.wait_for(connected + 1, timeout=1)  # s; then count again, as clients may leave
         start = time.monotonic()
 
         # Choose the clients that train, and what to send them: parameters and settings.
@@ -192,10 +196,10 @@ class CifarServer(fl.server.Server):
         return {"loss": evaluation[0], **evaluation[1]} if evaluation else {}
 
     def collect(self, task: str, instructions: list) -> tuple[list, list]:
-        """Have clients "fit" or "evaluate"; return usable (client, result) pairs, and failures.
+        """Send clients their instructions to "fit" or "evaluate"; return results and failures.
 
-        A failure is Disconnected, or a (client, result) pair that was rejected. Raises
-        UserError for any other exception.
+        A result is a (client, result) pair. A failure is Disconnected, or the pair of a
+        rejected result. Raises UserError for any other exception.
         """
         usable = []
         failures: list = []
@@ -213,12 +217,12 @@ class CifarServer(fl.server.Server):
                     late = self.timeout and time.monotonic() - start >= self.timeout
                     reason = f"timed out after {self.timeout:g} s" if late else "disconnected"
                     self.log(f"{name_of(client)} lost: {reason}")
-                    self.client_manager().unregister(client)
+                    self.client_manager().unregister(client)  # Flower may not have done so yet
                     continue
                 if error:
                     raise UserError(f"{type(error).__name__}: {error}") from error
                 result = future.result()
-                client.properties.update(result.metrics)  # the engine never calls ask()
+                client.properties.update(result.metrics)  # in the engine, ask() is not called
                 try:
                     self.check_result(result)
                     usable.append((client, result))
@@ -249,24 +253,27 @@ class CifarServer(fl.server.Server):
         cifar.check_parameters(self.expected, arrays, self.limit)
 
     def check_aggregate(self, aggregate: Parameters) -> Parameters:
-        """Return the aggregate in single precision; raises UserError if it is no model."""
-        arrays = [array.astype(np.float32) for array in parameters_to_ndarrays(aggregate)]
+        """Return the aggregate in the model's types; raises UserError if it does not fit."""
+        arrays = parameters_to_ndarrays(aggregate)
+        for i, (array, own) in enumerate(zip(arrays, self.expected.values())):
+            arrays[i] = torch.from_numpy(array).to(own.dtype).numpy()
         cifar.check_parameters(self.expected, arrays)
         return ndarrays_to_parameters(arrays)
 
     def compare_data(self, clients: list[ClientProxy]) -> str:
-        """Log the clients' data once, warn if they do not match, and return them."""
-        for client in clients:
-            data = f"{told(client, 'data')}, {told(client, 'partition')}"
-            self.log(f"{name_of(client)}: {data}", once=True)
-        for partition, count in Counter(told(each, "partition") for each in clients).items():
+        """Log each client's data, warn if they do not match; return them for the history."""
+        partitions = [property_of(client, "partition") for client in clients]
+        for client, partition in zip(clients, partitions):
+            line = f"{name_of(client)}: {property_of(client, 'data')}, {partition}"
+            self.log(line, once=True)
+        for partition, count in Counter(partitions).items():
             if count > 1 and partition.startswith("partition"):
                 self.log(f"Warning: {count} clients use {partition}", once=True)
         for key in ("classes", "data"):
-            values = " / ".join(sorted({told(each, key) for each in clients}))
-            if " / " in values:
-                self.log(f"Warning: the clients' {key} differ: {values}", once=True)
-        return values[:100]
+            values = sorted({property_of(each, key) for each in clients})
+            if len(values) > 1:
+                self.log(f"Warning: the clients' {key} differ: {' / '.join(values)}", once=True)
+        return " / ".join(values)[:100]  # of "data"
 
     def log_results(self, record: dict) -> None:
         """Log the results of a round."""
@@ -290,10 +297,11 @@ class CifarServer(fl.server.Server):
         print(f"Model: {self.args.model}")
 
     def log(self, message: str, once: bool = False) -> None:
-        """Print a line about the round, escaped: parts of it come from clients."""
-        if once and message in self.logged:
-            return
-        self.logged.add(message)
+        """Print a line about the round (or do it once), escaped: parts come from clients."""
+        if once:
+            if message in self.logged:
+                return
+            self.logged.add(message)
         print(f"Round {self.round}/{self.args.rounds}: {repr(message[:300])[1:-1]}")
 
     def save(self) -> None:
@@ -311,13 +319,21 @@ class CifarServer(fl.server.Server):
 # Utilities: skip on first reading. Clients, files, command line; main() is at the end.
 
 
-# What NumPy raises for bytes that are no array, depending on what is wrong with them.
-BAD_HEADER = (RuntimeError, SyntaxError, TokenError, TypeError)
-UNREADABLE = (*BAD_HEADER, ArithmeticError, LookupError, MemoryError, ValueError)
+# What NumPy raises for bytes that are not an array, depending on what is wrong with them.
+UNREADABLE = (
+    ArithmeticError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    SyntaxError,
+    TokenError,
+    TypeError,
+    ValueError,
+)
 
 
 class Clients(SimpleClientManager):
-    """Flower's client manager, but it waits for no client, and lists none that has left."""
+    """Flower's client manager, but sample() never waits, and clients must answer to register."""
 
     def sample(self, num_clients: int, min_num_clients: Any = None, criterion: Any = None) -> list:
         """Return random clients, or none if there are fewer than asked for."""
@@ -325,18 +341,22 @@ class Clients(SimpleClientManager):
         return super().sample(num_clients, 0, criterion) if enough else []
 
     def register(self, client: ClientProxy) -> bool:
-        """Register the client; over gRPC, once it answers: it may be gone already."""
+        """Register a client; over gRPC, once it answers: it may have left already."""
         if not isinstance(client, GrpcClientProxy):
             return super().register(client)
         threading.Thread(target=self.ask, args=(client,), daemon=True).start()
         return True
 
     def ask(self, client: ClientProxy) -> None:
-        """Ask the client for its name and data, then register it."""
+        """Ask a client for its properties, then register it."""
         with suppress(Disconnected):
             answer = client.get_properties(fl.common.GetPropertiesIns({}), None, None)
             client.properties = answer.properties
             super().register(client)
+
+    def unregister(self, client: ClientProxy) -> None:
+        """Unregister a client, which Flower may be doing in another thread."""
+        self.clients.pop(client.cid, None)
 
 
 class StandaloneServer(CifarServer):
@@ -363,13 +383,13 @@ def average_accuracy(metrics: list[tuple[int, Metrics]]) -> Metrics:
     return {"accuracy": weighted_loss_avg(known)} if known else {}
 
 
-def told(client: ClientProxy, key: str) -> str:
-    """Return what the client says about itself, cut: it may be of any length."""
+def property_of(client: ClientProxy, key: str) -> str:
+    """Return a property that the client sent, at most 1,000 characters of it."""
     return str(client.properties.get(key, "unknown"))[:1000]
 
 
 def name_of(client: ClientProxy) -> str:
-    """Return the client's name, or Flower's id if it has sent none."""
+    """Return what the log calls the client: its name, or Flower's id if it has sent none."""
     return f"client '{client.properties.get('client', client.cid)!s:.100}'"
 
 
@@ -406,12 +426,15 @@ def open_run(path: Path, resume: bool) -> tuple[cifar.Net, list[dict]]:
         elif history:
             print(f"Warning: {path} is not the model of any round in {history_path}")
         return net, history
-    if history != []:
-        suffix = f"{datetime.now():-%Y%m%d-%H%M%S}"
-        for file in (history_path, path):
-            if file.exists():
-                renamed = file.rename(file.with_stem(path.stem + suffix))
-                print(f"Renamed {file} (earlier run) to {renamed}")
+    old = [file for file in (history_path, path) if file.exists()]
+    if history == []:
+        old = []  # overwrite them: that run finished no round
+    number = 1
+    while any(file.with_stem(f"{path.stem}-{number}").exists() for file in old):
+        number += 1
+    for file in old:
+        renamed = file.rename(file.with_stem(f"{path.stem}-{number}"))
+        print(f"Renamed {file} (earlier run) to {renamed}")
     return cifar.Net(), []
 
 
@@ -495,7 +518,7 @@ def main() -> None:
         config=ServerConfig(args.rounds, args.round_timeout),
         certificates=certificates,
     )
-    if isinstance(server.error, SystemExit):  # Flower's answer to Ctrl-C and SIGTERM
+    if isinstance(server.error, SystemExit):  # Flower raises it on Ctrl-C and SIGTERM
         saved = f"Model saved to {args.model}. Restart with --resume to continue."
         raise UserError(f"Stopped after {len(server.history)} of {args.rounds} rounds. {saved}")
     if server.error:

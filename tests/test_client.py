@@ -149,28 +149,27 @@ def test_client_reports_its_data(few_images, capsys, flags):
 
 
 @pytest.fixture
-def from_engine(few_images):
+def from_engine(few_images, monkeypatch):
     """Make clients as Flower's engine does, from a run config and a node config."""
-    client.load_data.cache_clear()
+    monkeypatch.setattr(client, "clients", {})
 
     def client_of(run, **node):
         run_config = {"rounds": 3, "num-partitions": 9, "alpha": 0.5, "synthetic": True, **run}
         node_config = {"num-partitions": 2, "data-root": str(few_images), **node}
         return client.client_fn(Context(7, 12, node_config, RecordDict(), run_config))
 
-    yield client_of
-    client.load_data.cache_clear()
+    return client_of
 
 
-def test_engine_loads_the_data_of_a_client_once(from_engine):
+def test_engine_reuses_clients(from_engine):
     """The node config takes precedence over the run config."""
 
     def client_of(partition_id, **run):
         return from_engine(run, **{"partition-id": partition_id})
 
     first, second, real = client_of(0), client_of(1), client_of(1, synthetic=False)
-    for made, again in ((first, client_of(0)), (second, client_of(1))):
-        assert again.numpy_client.trainloader is made.numpy_client.trainloader
+    again = client_of(0), client_of(1)
+    assert [made.numpy_client for made in again] == [first.numpy_client, second.numpy_client]
     for made, number in ((first, 0), (second, 1)):
         assert reported(made)["client"] == reported(made)["partition"] == f"partition {number}"
     assert reported(second)["data"] == "generated images in 2 partitions (alpha 0.5)"

@@ -244,6 +244,7 @@ BAD_UPDATES = [
     (lambda: with_value(np.nan), "NaN or infinity in fc3.bias"),
     (lambda: with_value(-np.inf), "NaN or infinity in fc3.bias"),
     (lambda: with_array(weights()[2][..., 0]), f"{EXPECTED}float32(16, 6, 5) "),
+    (lambda: with_array(weights()[2].astype(float)), f"{EXPECTED}float64(16, 6, 5, 5)"),
     (lambda: with_array(np.zeros((16, 6, 5, 5), int)), f"{EXPECTED}int64(16, 6, 5, 5)"),
     (lambda: fit_res(weights()[:-1]), "fc3.bias is missing: got 9 of 10 parameters"),
     (lambda: fit_res([]), "conv1.weight is missing: got 0 of 10 parameters"),
@@ -658,14 +659,13 @@ def test_model_without_its_history_is_resumed(make, tmp_path, capsys):
     assert line in capsys.readouterr().out
     assert_equal(arrays_of(made), weights(1))
     make()  # and a new run, before that one has had a round, does not lose it
-    (renamed,) = tmp_path.glob("model-*.pt")
-    np.testing.assert_array_equal(bias_in(renamed), weights(1)[1])
+    np.testing.assert_array_equal(bias_in(tmp_path / "model-1.pt"), weights(1)[1])
 
 
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("model.pt", None, "Cannot use the model {}: [Errno 2] No such file or directory: "),
+        ("model.pt", None, "Cannot read the model {}: No such file or directory."),
         ("model.pt", b"junk", "{} is not a state_dict of cifar.Net: not a model file"),
         *[
             ("model.json", content, "{} is not a valid history file. Restore it, move it away, ")
@@ -688,24 +688,36 @@ def test_damaged_file_is_an_error_and_not_changed(make, tmp_path, name, content,
         assert files_in(tmp_path) == before
 
 
-def test_files_of_an_earlier_run_are_renamed(make, tmp_path, capsys):
-    make(Client()).fit(1, None)
-    before = files_in(tmp_path)
+def test_model_of_an_earlier_run_is_renamed(make, tmp_path, capsys):
+    path = tmp_path / "model.pt"
+    for seed in (1, 2, 3):
+        make(Client(fit_res(weights(seed)))).fit(1, None)
     make()
-    make()  # the run before finished no round: nothing is lost
-    (model,) = tmp_path.glob("model-*.pt")
-    assert model.read_bytes() == before["model.pt"]
-    assert model.with_suffix(".json").read_bytes() == before["model.json"]
-    assert len(files_in(tmp_path)) == 4
-    line = f"Renamed {tmp_path / 'model.pt'} (earlier run) to {model}\n"
-    assert line in capsys.readouterr().out
+    make()  # the one before has had no round: nothing is lost
+    out = capsys.readouterr().out
+    names = [f"model{number}.{end}" for number in ("-1", "-2", "-3", "") for end in ("json", "pt")]
+    assert sorted(files_in(tmp_path)) == sorted(names)
+    for seed in (1, 2, 3):
+        renamed = tmp_path / f"model-{seed}.pt"
+        np.testing.assert_array_equal(bias_in(renamed), weights(seed)[1])
+        assert len(history(renamed)) == 1
+        assert f"Renamed {path} (earlier run) to {renamed}\n" in out
+
+
+def test_model_and_history_get_the_same_number_even_if_killed_between(make, tmp_path):
+    make(Client(fit_res(weights(1)))).fit(1, None)
+    (tmp_path / "model.json").rename(tmp_path / "model-1.json")
+    make()
+    np.testing.assert_array_equal(bias_in(tmp_path / "model-1.pt"), weights(1)[1])
+    assert not (tmp_path / "model-2.pt").exists()
 
 
 def test_files_of_other_programs_are_renamed_too(make, tmp_path):
     (tmp_path / "model.pt").write_bytes(b"thesis")
+    (tmp_path / "model-1.pt").write_bytes(b"draft")
     make()
-    (renamed,) = tmp_path.glob("model-*.pt")
-    assert renamed.read_bytes() == b"thesis"
+    assert (tmp_path / "model-2.pt").read_bytes() == b"thesis"
+    assert (tmp_path / "model-1.pt").read_bytes() == b"draft"
 
 
 def test_second_server_on_the_same_model_is_an_error(make, tmp_path, call):
