@@ -886,6 +886,20 @@ def test_strategy_evaluates_the_initial_model_and_each_round(make, use_strategy,
     assert calls == [(3, trained)]
 
 
+def test_strategy_initializes_parameters_once_clients_can_join(make, use_strategy):
+    class Asking(strategies.FedAvg):
+        def initialize_parameters(self, client_manager):
+            self.available = client_manager.num_available()
+            return ndarrays_to_parameters(weights(7))
+
+    use_strategy(Asking)
+    made = make(Client(each_time(fit_res([]), fit_res([]), fit_res([]))))
+    with pytest.raises(cifar.UserError, match="Giving up"):
+        made.fit(1, None)
+    assert made.strategy.available == 1
+    assert_equal(arrays_of(made), weights(7))
+
+
 def test_metrics_of_the_strategy_are_printed_and_saved(make, use_strategy, capsys, tmp_path):
     def metrics_fn(metrics):
         norms = np.array([each["norm"] for _, each in metrics])
