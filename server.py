@@ -72,8 +72,6 @@ class CifarServer(fl.server.Server):
         self.parameters = ndarrays_to_parameters(cifar.get_parameters(net))
         self.expected = cifar.shared_state(net.to("meta"))  # names, types, shapes: no memory
         self.start_strategy()
-        if not args.resume:
-            self.save()
 
     def start_strategy(self) -> None:
         """Make the strategy, which starts from the global model."""
@@ -85,6 +83,9 @@ class CifarServer(fl.server.Server):
         start = time.monotonic()
         self.timeout = timeout
         failed = 0
+        if not (self.args.resume or self.history):
+            rename_earlier_run(self.args.model)
+            self.save()
         initial = self.strategy.initialize_parameters(self.client_manager())
         if not self.history:
             self.parameters = self.check_aggregate(initial or self.parameters)
@@ -297,12 +298,13 @@ class CifarServer(fl.server.Server):
         print(f"Model: {self.args.model}")
 
     def log(self, message: str, once: bool = False) -> None:
-        """Print a line about the round (or do it once), escaped: parts come from clients."""
+        """Print a line about the round, or do so only once; escape what is not printable."""
         if once:
             if message in self.logged:
                 return
             self.logged.add(message)
-        print(f"Round {self.round}/{self.args.rounds}: {repr(message[:300])[1:-1]}")
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:300])
+        print(f"Round {self.round}/{self.args.rounds}: {text}")
 
     def save(self) -> None:
         """Save model and history; raises UserError."""
@@ -405,37 +407,38 @@ def column(record: dict, key: str, form: str = ".4f") -> str:
 
 
 def open_run(path: Path, resume: bool) -> tuple[cifar.Net, list[dict]]:
-    """Return the model and history to resume, or new ones; raises UserError.
-
-    Files of an earlier run are renamed, unless it finished no round.
-    """
+    """Return the model and history to resume, or new ones; raises UserError."""
     history_path = path.with_suffix(".json")
     history = cifar.read_history(path)
     if history is None and history_path.exists():
         hint = "Restore it, move it away, or pass a different --model."
         raise UserError(f"{history_path} is not a valid history file. {hint}")
-    if resume:
-        net = cifar.load_model(path)
-        if history is None:
-            print(f"{history_path} is missing: resuming from the model alone, at round 1")
-            return net, []
-        model = hashlib.sha256(path.read_bytes()).hexdigest()
-        rounds = [each["round"] for each in history if each.get("model", model) == model]
-        if rounds:
-            del history[rounds[-1] :]  # rounds after the model's are run again
-        elif history:
-            print(f"Warning: {path} is not the model of any round in {history_path}")
-        return net, history
-    old = [file for file in (history_path, path) if file.exists()]
-    if history == []:
-        old = []  # overwrite them: that run finished no round
+    if not resume:
+        return cifar.Net(), []
+    net = cifar.load_model(path)
+    if history is None:
+        print(f"{history_path} is missing: resuming from the model alone, at round 1")
+        return net, []
+    model = hashlib.sha256(path.read_bytes()).hexdigest()
+    rounds = [each["round"] for each in history if each.get("model", model) == model]
+    if rounds:
+        del history[rounds[-1] :]  # rounds after the model's are run again
+    elif history:
+        print(f"Warning: {path} is not the model of any round in {history_path}")
+    return net, history
+
+
+def rename_earlier_run(path: Path) -> None:
+    """Rename model and history of an earlier run, unless it finished no round."""
+    if cifar.read_history(path) == []:
+        return
+    old = [file for file in (path.with_suffix(".json"), path) if file.exists()]
     number = 1
     while any(file.with_stem(f"{path.stem}-{number}").exists() for file in old):
         number += 1
     for file in old:
         renamed = file.rename(file.with_stem(f"{path.stem}-{number}"))
         print(f"Renamed {file} (earlier run) to {renamed}")
-    return cifar.Net(), []
 
 
 def read_certificates(args: Namespace) -> tuple[bytes, bytes, bytes] | None:

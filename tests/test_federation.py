@@ -475,7 +475,8 @@ def test_round_continues_without_stopped_clients(start_server, start_client, joi
         assert f"Round 1/1: client {name_of(client)!r} lost: disconnected\n" in server.output
 
 
-def test_port_in_use_is_one_line(start):
+def test_port_in_use_is_one_line(start, tmp_path):
+    (tmp_path / "global_model.pt").write_bytes(b"of an earlier run")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         server = start("server.py", "--server-address", address)
@@ -483,3 +484,4 @@ def test_port_in_use_is_one_line(start):
     first, last = server.output.splitlines()
     assert first == f"Listening on {address}, TLS off, strategy FedAvg"
     assert last == f"Port in server address {address} is already in use."
+    assert (tmp_path / "global_model.pt").read_bytes() == b"of an earlier run"

@@ -370,6 +370,12 @@ def test_text_from_clients_is_escaped(make, capsys, where):
     assert max(map(len, out.splitlines())) < 2500
 
 
+def test_printable_text_from_clients_is_not_changed(make, capsys):
+    name = "a'b\"c\\d 中文"
+    make(Client(fit_res([], client=name)), Client()).run_round()
+    assert f"update from client '{name}' rejected" in capsys.readouterr().out
+
+
 def test_long_names_are_cut(make, capsys):
     """The reason is shown even after a very long name."""
     make(Client(fit_res([], client="x" * 1000)), Client()).run_round()
@@ -437,6 +443,7 @@ def test_client_keeps_the_name_that_it_joined_with(make, capsys):
 def test_server_gives_up_after_three_failed_attempts(make, capsys, tmp_path):
     failing = Client(TypeError("no such key"))
     made = make(failing)
+    made.fit(0, None)
     before = files_in(tmp_path)
     with pytest.raises(cifar.UserError) as error:
         made.fit(3, None)
@@ -526,7 +533,9 @@ def test_model_is_a_plain_state_dict_saved_after_every_round(make, tmp_path):
 
 
 def test_initial_weights_depend_on_the_seed_and_can_be_resumed(make, tmp_path):
-    first = arrays_of(make(flags=["--seed", 3]))
+    made = make(flags=["--seed", 3])
+    made.fit(0, None)
+    first = arrays_of(made)
     assert_equal(arrays_of(make(flags=["--resume"])), first)
     assert_equal(arrays_of(make(flags=["--seed", 3], path=tmp_path / "same.pt")), first)
     other = arrays_of(make(flags=["--seed", 4], path=tmp_path / "other.pt"))
@@ -658,7 +667,7 @@ def test_model_without_its_history_is_resumed(make, tmp_path, capsys):
     line = f"{path.with_suffix('.json')} is missing: resuming from the model alone, at round 1\n"
     assert line in capsys.readouterr().out
     assert_equal(arrays_of(made), weights(1))
-    make()  # and a new run, before that one has had a round, does not lose it
+    make().fit(0, None)  # and a new run, before that one has had a round, does not lose it
     np.testing.assert_array_equal(bias_in(tmp_path / "model-1.pt"), weights(1)[1])
 
 
@@ -692,8 +701,8 @@ def test_model_of_an_earlier_run_is_renamed(make, tmp_path, capsys):
     path = tmp_path / "model.pt"
     for seed in (1, 2, 3):
         make(Client(fit_res(weights(seed)))).fit(1, None)
-    make()
-    make()  # the one before has had no round: nothing is lost
+    make().fit(0, None)
+    make().fit(0, None)  # the one before has had no round: nothing is lost
     out = capsys.readouterr().out
     names = [f"model{number}.{end}" for number in ("-1", "-2", "-3", "") for end in ("json", "pt")]
     assert sorted(files_in(tmp_path)) == sorted(names)
@@ -707,7 +716,7 @@ def test_model_of_an_earlier_run_is_renamed(make, tmp_path, capsys):
 def test_model_and_history_get_the_same_number_even_if_killed_between(make, tmp_path):
     make(Client(fit_res(weights(1)))).fit(1, None)
     (tmp_path / "model.json").rename(tmp_path / "model-1.json")
-    make()
+    make().fit(0, None)
     np.testing.assert_array_equal(bias_in(tmp_path / "model-1.pt"), weights(1)[1])
     assert not (tmp_path / "model-2.pt").exists()
 
@@ -715,7 +724,7 @@ def test_model_and_history_get_the_same_number_even_if_killed_between(make, tmp_
 def test_files_of_other_programs_are_renamed_too(make, tmp_path):
     (tmp_path / "model.pt").write_bytes(b"thesis")
     (tmp_path / "model-1.pt").write_bytes(b"draft")
-    make()
+    make().fit(0, None)
     assert (tmp_path / "model-2.pt").read_bytes() == b"thesis"
     assert (tmp_path / "model-1.pt").read_bytes() == b"draft"
 
@@ -1002,6 +1011,7 @@ def test_bad_aggregate_fails_the_round(make, use_strategy, capsys, tmp_path, agg
 
     use_strategy(Wrong)
     made = make(Client())
+    made.fit(0, None)
     before = files_in(tmp_path)
     with pytest.raises(cifar.UserError, match="Giving up"):
         made.fit(1, None)
