@@ -107,13 +107,11 @@ def load_data(
             f"--partition-id {partition_id} is out of range: "
             f"use 0 to {num_partitions - 1} with --num-partitions {num_partitions}."
         )
-    if synthetic:
-        trainset, testset = synthesize(10_000, seed=1), synthesize(2_000, seed=2)
-    else:
-        root = Path(data_root).expanduser()
-        trainset, testset = find_images(root, train=True), find_images(root, train=False)
+    root = Path(data_root).expanduser()
+    trainset = synthesize(10_000, seed=1) if synthetic else find_images(root, train=True)
     partitions = partition(trainset.labels.numpy(), num_partitions, alpha)
     trainset = trainset.subset(partitions[partition_id])
+    testset = synthesize(2_000, seed=2) if synthetic else find_images(root, train=False)
     # Test images are always IID: the clients' average is the accuracy on all of them.
     partitions = partition(testset.labels.numpy(), num_partitions)
     testset = testset.subset(partitions[partition_id])
@@ -236,7 +234,7 @@ def find_images(root: Path, train: bool) -> Images:
         reason = " ".join(str(error).split())
         raise UserError(
             f"Cannot download {DATASET} from {DATA_URL} to {root} ({reason}). "
-            "Put that file there, or use --synthetic."
+            "Put it there yourself, or use --synthetic."
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
@@ -293,7 +291,7 @@ def check_model(net: nn.Module, dataset: Any) -> None:
     last_class = torch.tensor([len(dataset.classes) - 1])
     try:
         F.cross_entropy(net.eval()(images.to(DEVICE)).cpu(), last_class)
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError, ValueError) as error:
         shape = f"{tuple(images.shape[1:])} and {len(dataset.classes)} classes"
         raise UserError(f"Net does not fit images of shape {shape}: {error}") from error
 
@@ -392,7 +390,7 @@ def read_history(path: Path) -> list[dict] | None:
     """Return the history that server.py wrote beside a model, if there is a valid one."""
     try:
         history = json.loads(path.with_suffix(".json").read_bytes())
-        valid = isinstance(history, list) and all(record["round"] for record in history)
+        valid = isinstance(history, list) and all(type(each["round"]) is int for each in history)
         return history if valid else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
@@ -401,10 +399,12 @@ def read_history(path: Path) -> list[dict] | None:
 class Parser(ArgumentParser):
     """An ArgumentParser whose --help shows the defaults, where there are any."""
 
-    def add(self, name: str, kind: Any, default: Any, text: str) -> None:
+    def add(
+        self, name: str, kind: Any, default: Any, text: str, metavar: str | None = None
+    ) -> None:
         """Add a flag that takes a value."""
         text += "" if default is None else " (default: %(default)s)"
-        self.add_argument(name, type=kind, default=default, help=text)
+        self.add_argument(name, type=kind, default=default, help=text, metavar=metavar)
 
     def add_shared(self) -> None:
         """Add the flags that cifar.py and client.py have in common."""
@@ -484,8 +484,8 @@ def main() -> None:
     parser.add("--epochs", number(int, 1), 2, "training epochs")
     parser.add("--lr", number(float, 1e-9), LEARNING_RATE, "learning rate")
     parser.add_shared()
-    parser.add("--model", model_path, None, "save the trained weights to this file")
-    parser.add("--evaluate", Path, None, "evaluate this model instead of training")
+    parser.add("--model", model_path, None, "save the trained weights to FILE", "FILE")
+    parser.add("--evaluate", Path, None, "evaluate MODEL instead of training", "MODEL")
     args = parser.parse_args()
     if args.model and read_history(args.model) is not None:
         raise UserError(f"{args.model} is the model of a federated run: pass a different --model.")

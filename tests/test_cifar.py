@@ -62,6 +62,10 @@ def test_model_that_does_not_fit_the_images_is_an_error():
     letters = dataclasses.replace(images, classes=list("abcdefghijk"))
     with pytest.raises(cifar.UserError, match=" and 11 classes: Target 10 is out of bounds."):
         cifar.check_model(net, letters)
+    mixing = torch.nn.Sequential(torch.nn.Flatten(0), torch.nn.Unflatten(0, (-1, 10)))
+    with pytest.raises(cifar.UserError, match=r"^Net does not fit images of shape \(1, 50, 2\)"):
+        pixels = torch.zeros(20, 50, 2, 1, dtype=torch.uint8)
+        cifar.check_model(mixing, dataclasses.replace(images, images=pixels))
 
 
 # The data.
@@ -419,7 +423,7 @@ def test_offline_says_what_to_do(call, small_root, tmp_path):
     assert lines == ["Centralized PyTorch training", "Load data", downloading(root)]
     problem = f"Cannot download CIFAR-10 from {cifar.DATA_URL} to {root} (<urlopen error "
     assert last.startswith(problem)
-    assert last.endswith("). Put that file there, or use --synthetic.")
+    assert last.endswith("). Put it there yourself, or use --synthetic.")
 
 
 def test_download_url_is_torchvisions():
@@ -453,7 +457,7 @@ def test_failed_download_is_one_line(call, reading, tmp_path, kind):
     reading(missing, kind("ju\nnk"))
     output = call("cifar", "--data-root", tmp_path, code=1)
     where = f"from {cifar.DATA_URL} to {tmp_path} (ju nk)"
-    todo = "Put that file there, or use --synthetic."
+    todo = "Put it there yourself, or use --synthetic."
     assert output.splitlines()[-1] == f"Cannot download CIFAR-10 {where}. {todo}"
 
 
@@ -617,6 +621,12 @@ def test_help_shows_every_flag_with_its_default(call, script):
         shown = re.search(r"\(default: (.*)\)", " ".join(text.split()))
         flags[flag] = shown and shown[1]
     assert flags == {k: None if v is None else str(v) for k, v in FLAGS[script].items()}
+
+
+def test_help_names_the_files_as_its_text_does(call):
+    text = " ".join(call("cifar", "--help").split())
+    assert "--model FILE save the trained weights to FILE" in text
+    assert "--evaluate MODEL evaluate MODEL instead of training" in text
 
 
 MODEL = "argument --model: {} must end in .pt and be in an existing, writable directory"
