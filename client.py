@@ -141,7 +141,7 @@ def wait_for_server(args: Namespace) -> None:
 def keep_alive(open_channel: Callable) -> Callable:
     """Wrap a function that opens gRPC channels, so that they detect a dead connection.
 
-    By default, gRPC never does. Its servers allow one ping per 5 minutes.
+    By default, a gRPC client never does. A gRPC server allows a ping every 5 minutes.
     """
     keepalive = [
         ("grpc.keepalive_time_ms", 310_000),
@@ -203,7 +203,7 @@ def main() -> None:
     args = make_parser().parse_args()
     # Load model and data
     client = make_client(args, f"{platform.node()}-{os.getpid()}")
-    # Neither Flower nor an environment variable can set these options of gRPC.
+    # These gRPC options cannot be set through Flower or an environment variable.
     grpc.insecure_channel = keep_alive(grpc.insecure_channel)
     grpc.secure_channel = keep_alive(grpc.secure_channel)
     # Start client

@@ -7,6 +7,7 @@ python3 server.py --rounds 10 --resume    # continue it to round 10
 import hashlib
 import io
 import json
+import random
 import ssl
 import threading
 import time
@@ -70,7 +71,7 @@ class CifarServer(fl.server.Server):
             torch.manual_seed(args.seed)
         net, self.history = open_run(args.model, args.resume)
         self.parameters = ndarrays_to_parameters(cifar.get_parameters(net))
-        self.expected = cifar.shared_state(net.to("meta"))  # names, types, shapes: no memory
+        self.expected = cifar.shared_state(net.to("meta"))  # only names, dtypes and shapes
         self.start_strategy()
 
     def start_strategy(self) -> None:
@@ -95,7 +96,9 @@ class CifarServer(fl.server.Server):
             try:
                 record = self.run_round()
             except Disconnected as error:
-                self.log(f"failed ({error}), global model unchanged, trying again")
+                reason = str(error) or "a client is gone"
+                self.log(f"failed ({reason}), global model unchanged, trying again")
+                time.sleep(1)  # s; a strategy may choose lost clients again and again
                 continue
             except UserError as error:
                 failed += 1
@@ -164,9 +167,9 @@ class CifarServer(fl.server.Server):
 
         # Evaluate the aggregate: on the server if the strategy does, and on the clients.
         centralized = self.evaluate_centralized(aggregate)
-        to_evaluate = self.strategy.configure_evaluate(self.round, aggregate, clients)
+        to_evaluate = self.strategy.configure_evaluate(self.round, aggregate, clients) or []
         results, failures = self.collect("evaluate", to_evaluate)
-        if sum(isinstance(each, tuple) for each in failures) > len(results):
+        if sum(not isinstance(each, Disconnected) for each in failures) > len(results):
             raise UserError("most clients cannot evaluate the aggregate")
         loss = None
         metrics: Metrics = {}
@@ -199,8 +202,9 @@ class CifarServer(fl.server.Server):
     def collect(self, task: str, instructions: list) -> tuple[list, list]:
         """Send clients their instructions to "fit" or "evaluate"; return results and failures.
 
-        A result is a (client, result) pair. A failure is Disconnected, or the pair of a
-        rejected result. Raises UserError for any other exception.
+        Results are (client, result) pairs. A failure is such a pair, if the result was
+        rejected, or else the exception of a client that was lost. Raises UserError for any
+        other exception.
         """
         usable = []
         failures: list = []
@@ -213,17 +217,19 @@ class CifarServer(fl.server.Server):
             for future in as_completed(asked):
                 client = asked[future]
                 error = future.exception()
-                if isinstance(error, Disconnected):
+                # In Flower's engine, a client that fails or is too late is a ValueError.
+                if isinstance(error, Disconnected | ValueError):
                     failures.append(error)
                     late = self.timeout and time.monotonic() - start >= self.timeout
                     reason = f"timed out after {self.timeout:g} s" if late else "disconnected"
-                    self.log(f"{name_of(client)} lost: {reason}")
-                    self.client_manager().unregister(client)  # Flower may not have done so yet
+                    self.log(f"{name_of(client)} lost: {str(error) or reason}")
+                    if isinstance(error, Disconnected):
+                        self.client_manager().unregister(client)  # if Flower has not done so yet
                     continue
                 if error:
                     raise UserError(f"{type(error).__name__}: {error}") from error
                 result = future.result()
-                client.properties.update(result.metrics)  # in the engine, ask() is not called
+                client.properties.update(result.metrics)  # ask() is never called in the engine
                 try:
                     self.check_result(result)
                     usable.append((client, result))
@@ -254,7 +260,7 @@ class CifarServer(fl.server.Server):
         cifar.check_parameters(self.expected, arrays, self.limit)
 
     def check_aggregate(self, aggregate: Parameters) -> Parameters:
-        """Return the aggregate in the model's types; raises UserError if it does not fit."""
+        """Return the aggregate, cast to the model's dtypes; raises UserError if it does not fit."""
         arrays = parameters_to_ndarrays(aggregate)
         for i, (array, own) in enumerate(zip(arrays, self.expected.values())):
             arrays[i] = torch.from_numpy(array).to(own.dtype).numpy()
@@ -298,7 +304,7 @@ class CifarServer(fl.server.Server):
         print(f"Model: {self.args.model}")
 
     def log(self, message: str, once: bool = False) -> None:
-        """Print a line about the round, or do so only once; escape what is not printable."""
+        """Print a line about the round (with `once`, not again); escape unprintable characters."""
         if once:
             if message in self.logged:
                 return
@@ -335,12 +341,17 @@ UNREADABLE = (
 
 
 class Clients(SimpleClientManager):
-    """Flower's client manager, but sample() never waits, and clients must answer to register."""
+    """Flower's client manager, safe while clients leave; clients register once they answer."""
+
+    def all(self) -> dict[str, ClientProxy]:
+        """Return a copy of the clients, as they may join or leave while it is used."""
+        return dict(self.clients)
 
     def sample(self, num_clients: int, min_num_clients: Any = None, criterion: Any = None) -> list:
-        """Return random clients, or none if there are fewer than asked for."""
-        enough = len(self) >= (min_num_clients or num_clients)
-        return super().sample(num_clients, 0, criterion) if enough else []
+        """Return random clients, or none if there are too few: it never waits for more."""
+        clients = [each for each in self.all().values() if not criterion or criterion.select(each)]
+        enough = len(self) >= (min_num_clients or 0) and len(clients) >= num_clients
+        return random.sample(clients, num_clients) if enough else []
 
     def register(self, client: ClientProxy) -> bool:
         """Register a client; over gRPC, once it answers: it may have left already."""
@@ -357,7 +368,7 @@ class Clients(SimpleClientManager):
             super().register(client)
 
     def unregister(self, client: ClientProxy) -> None:
-        """Unregister a client, which Flower may be doing in another thread."""
+        """Unregister a client; Flower may be doing so in another thread at the same time."""
         self.clients.pop(client.cid, None)
 
 
@@ -386,12 +397,12 @@ def average_accuracy(metrics: list[tuple[int, Metrics]]) -> Metrics:
 
 
 def property_of(client: ClientProxy, key: str) -> str:
-    """Return a property that the client sent, at most 1,000 characters of it."""
+    """Return a property that the client sent, truncated to 1,000 characters."""
     return str(client.properties.get(key, "unknown"))[:1000]
 
 
 def name_of(client: ClientProxy) -> str:
-    """Return what the log calls the client: its name, or Flower's id if it has sent none."""
+    """Return the client's name for the log, or Flower's id if it has sent none."""
     return f"client '{client.properties.get('client', client.cid)!s:.100}'"
 
 
@@ -458,7 +469,7 @@ def read_certificates(args: Namespace) -> tuple[bytes, bytes, bytes] | None:
     own = x509.load_pem_x509_certificate(args.ssl_certfile.read_bytes())
     if not own.not_valid_before_utc <= datetime.now(UTC) <= own.not_valid_after_utc:
         print(
-            "Warning: clients reject --ssl-certfile: it is valid "
+            "Warning: clients will reject --ssl-certfile: it is only valid "
             f"from {own.not_valid_before_utc:%Y-%m-%d} to {own.not_valid_after_utc:%Y-%m-%d}"
         )
     return certificates
@@ -467,7 +478,8 @@ def read_certificates(args: Namespace) -> tuple[bytes, bytes, bytes] | None:
 def make_parser() -> cifar.Parser:
     """Return the flags of server.py."""
     parser = cifar.Parser(description="The server of a federation: runs its rounds.")
-    add, number = parser.add, cifar.number
+    add = parser.add
+    number = cifar.number
     add("--server-address", cifar.address, cifar.SERVER_ADDRESS, "address to listen on")
     add("--rounds", number(int, 1), 3, "total rounds, including those before --resume")
     add("--min-clients", number(int, 1), 2, "clients required before a round starts")

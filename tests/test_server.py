@@ -471,6 +471,40 @@ def test_lost_clients_do_not_count_as_a_failed_attempt(make, capsys, tmp_path):
     assert len(history(tmp_path / "model.pt")) == 1
 
 
+def test_server_pauses_before_it_asks_a_client_again_that_left(
+    make, use_strategy, monkeypatch, capsys
+):
+    """Such a strategy must not print thousands of lines a second."""
+
+    class FirstClients(strategies.FedAvg):
+        chosen = None
+
+        def configure_fit(self, *args):
+            self.chosen = self.chosen or super().configure_fit(*args)
+            if pauses == [1]:
+                raise GrpcBridgeClosed  # as from a client that it asks for something itself
+            return self.chosen
+
+    pauses = []
+    monkeypatch.setattr(server.time, "sleep", pauses.append)
+    use_strategy(FirstClients)
+    make(Client(each_time(GrpcBridgeClosed(), fit_res(weights())))).fit(1, None)
+    assert pauses == [1, 1]
+    failed = "failed (a client is gone), global model unchanged, trying again\n"
+    assert capsys.readouterr().out.count(failed) == 1
+
+
+def test_client_that_fails_in_flowers_engine_does_not_end_the_round(make, capsys, tmp_path):
+    reason = "Message contains an Error (reason: Node Unavailable)."
+    failing = Client(each_time(ValueError(reason), fit_res(weights())), ValueError(reason))
+    made = make(failing, Client(), Client(), manager=server.Clients)
+    made.fit(2, None)
+    assert [record["clients"] for record in history(tmp_path / "model.pt")] == [2, 3]
+    out = capsys.readouterr().out
+    assert out.count(f"client 'client-0' lost: {reason}\n") == 3
+    assert "failed (" not in out
+
+
 def test_rejected_update_beside_a_lost_client_is_a_failed_attempt(make, capsys):
     made = make(Client(fit_res([])), Client(GrpcBridgeClosed()))
     with pytest.raises(cifar.UserError, match="Giving up"):
@@ -492,6 +526,12 @@ def test_average_that_most_clients_cannot_evaluate_is_discarded(make, capsys):
     assert f"Round 1/3: {reason}, attempt 1 of 3\n" in capsys.readouterr().out
     first, second = weights(1)[1], weights(0)[1]
     np.testing.assert_allclose(arrays_of(made)[1], (first + second) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_model_that_the_clients_fail_to_evaluate_is_discarded(make):
+    with pytest.raises(cifar.UserError, match="most clients cannot evaluate the aggregate"):
+        error = ValueError("no such layer")
+        make(Client(test=error), Client(test=error), Client()).run_round()
 
 
 def test_model_is_saved_without_an_evaluation_if_no_client_is_left(make, capsys, tmp_path):
@@ -678,7 +718,7 @@ def test_model_without_its_history_is_resumed(make, tmp_path, capsys):
         ("model.pt", b"junk", "{} is not a state_dict of cifar.Net: not a model file"),
         *[
             ("model.json", content, "{} is not a valid history file. Restore it, move it away, ")
-            for content in (b"[{", b"7", b'[""]', b'{"a": 1}', b"\xff\xfe", b"thesis")
+            for content in (b"[{", b"7", b'[""]', b'[{"round": "x"}]', b"\xff\xfe", b"thesis")
         ],
     ],
 )
@@ -795,7 +835,7 @@ def test_tls_files_are_checked(finished, monkeypatch, tmp_path):
         line = called("me.pem", "me.key", "me.pem", code=1)
     assert line.startswith(f"{invalid}--ssl-certfile, --ssl-keyfile or --ssl-ca-certfile: ")
     make_certificate(tmp_path, days=0.5)
-    line = "Warning: clients reject --ssl-certfile: it is valid from "
+    line = "Warning: clients will reject --ssl-certfile: it is only valid from "
     assert line in called("me.pem", "me.key", "me.pem")
 
 
@@ -1038,6 +1078,18 @@ def test_fraction_of_the_clients_is_trained(make, use_strategy, capsys):
     assert "Round 1/3: training on 2 of 4 clients\n" in capsys.readouterr().out
 
 
+def test_strategy_may_have_nobody_evaluate(make, use_strategy):
+    class NoEvaluation(strategies.FedAvg):
+        def configure_evaluate(self, *args):
+            return None  # Flower takes it for an empty list
+
+    use_strategy(NoEvaluation)
+    only = Client()
+    record = make(only).run_round()
+    assert (record["clients"], record["loss"], record["accuracy"]) == (1, None, None)
+    assert only.tests == []
+
+
 def fed_avg_m(**settings):
     strategy = strategies.FedAvgM(server_momentum=0.5, **settings)
     strategy.momentum_vector = [np.zeros_like(array) for array in weights()]  # for --resume
@@ -1159,6 +1211,22 @@ def test_client_is_listed_once_it_has_answered():
 
 def test_client_that_left_while_it_joined_is_not_listed():
     assert joined(server.Clients(), Answering(GrpcBridgeClosed())) == ({}, {})
+
+
+def test_clients_may_leave_while_others_are_chosen():
+    class Leaving:
+        def select(self, client):
+            manager.unregister(known["0"])
+            return True
+
+    manager = server.Clients()
+    known = {cid: Client(cid=cid) for cid in "012"}
+    for each in known.values():
+        manager.register(each)
+    assert sorted(each.cid for each in manager.sample(3, 1, Leaving())) == sorted(known)
+    for cid in manager.all():  # as Flower does to disconnect them
+        manager.unregister(known[cid])
+    assert manager.all() == {}
 
 
 def test_lost_client_is_no_longer_listed(make):
