@@ -220,9 +220,10 @@ class CifarServer(fl.server.Server):
                 # In Flower's engine, a client that fails or is too late is a ValueError.
                 if isinstance(error, Disconnected | ValueError):
                     failures.append(error)
-                    late = self.timeout and time.monotonic() - start >= self.timeout
-                    reason = f"timed out after {self.timeout:g} s" if late else "disconnected"
-                    self.log(f"{name_of(client)} lost: {str(error) or reason}")
+                    reason = str(error) or "disconnected"
+                    if self.timeout and time.monotonic() - start >= self.timeout:
+                        reason = f"timed out after {self.timeout:g} s"
+                    self.log(f"{name_of(client)} lost: {reason}")
                     if isinstance(error, Disconnected):
                         self.client_manager().unregister(client)  # if Flower has not done so yet
                     continue

@@ -503,6 +503,9 @@ def test_client_that_fails_in_flowers_engine_does_not_end_the_round(make, capsys
     out = capsys.readouterr().out
     assert out.count(f"client 'client-0' lost: {reason}\n") == 3
     assert "failed (" not in out
+    late = Client(ValueError("Message Unavailable - it may have expired due to its TTL."))
+    make(late, Client(), manager=server.Clients).fit(1, timeout=1e-9)
+    assert "client 'client-0' lost: timed out after 1e-09 s\n" in capsys.readouterr().out
 
 
 def test_rejected_update_beside_a_lost_client_is_a_failed_attempt(make, capsys):
