@@ -16,7 +16,7 @@ import struct
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
@@ -380,6 +380,9 @@ def write_files(contents: dict[Path, bytes]) -> None:
         for path in contents:
             Path(f"{path}.tmp").replace(path)
     except OSError as error:
+        for each in contents:
+            with suppress(OSError):  # a partly written file would keep a full disk full
+                Path(f"{each}.tmp").unlink()
         hint = " (see ulimit -n)" if error.errno == errno.EMFILE else ""
         raise UserError(
             f"Cannot write {path}: {error.strerror}{hint}. The previous file is unchanged."

@@ -140,9 +140,9 @@ def bias_in(path):
 
 
 def files_in(folder):
-    """Return the contents of the files, without the lock and those of a save that failed."""
-    other = (".lock", ".tmp")
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix not in other}
+    """Return the contents of the files, without the lock."""
+    files = [path for path in folder.iterdir() if path.suffix != ".lock"]
+    return {path.name: path.read_bytes() for path in files}
 
 
 # The round.
