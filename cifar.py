@@ -14,7 +14,7 @@ import signal
 import socket
 import struct
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentError, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, replace
@@ -124,7 +124,7 @@ def load_data(
     # batch_size=None: the dataset gets a sampler's list of indices, and returns a batch.
     batches = BatchSampler(RandomSampler(trainset), batch_size, drop_last=False)
     trainloader = DataLoader(trainset, sampler=batches, batch_size=None)
-    # 250 was the fastest; the batch size does not change what test() returns.
+    # Batches of 250 were the fastest; their size does not change what test() returns.
     batches = BatchSampler(range(len(testset)), 250, drop_last=False)
     testloader = DataLoader(testset, sampler=batches, batch_size=None)
     return trainloader, testloader, {"trainset": len(trainset), "testset": len(testset)}
@@ -234,7 +234,7 @@ def find_images(root: Path, train: bool) -> Images:
         reason = " ".join(str(error).split())
         raise UserError(
             f"Cannot download {DATASET} from {DATA_URL} to {root} ({reason}). "
-            "Put it there yourself, or use --synthetic."
+            "Put the archive there yourself, or use --synthetic."
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
@@ -312,7 +312,7 @@ def set_parameters(net: nn.Module, arrays: list[np.ndarray]) -> None:
     """Set the shared parameters; raises UserError if the arrays do not fit."""
     state = shared_state(net)
     check_parameters(state, arrays)
-    for value, array in zip(state.values(), arrays):
+    for value, array in zip(state.values(), arrays):  # the model's own tensors, not copies
         value.copy_(torch.from_numpy(array))
 
 
@@ -420,28 +420,37 @@ class Parser(ArgumentParser):
 
 
 def parse_config(config: dict[str, Any], *parsers: ArgumentParser) -> Namespace:
-    """Parse a config of Flower's engine as flags of these parsers."""
-    parser = ArgumentParser(parents=parsers, conflict_handler="resolve", add_help=False)
+    """Parse a config of Flower's engine as flags of these parsers; raises UserError.
+
+    The engine shows an exception, but not what argparse prints before it exits.
+    """
+    parser = ArgumentParser(
+        parents=parsers, conflict_handler="resolve", add_help=False, exit_on_error=False
+    )
     known = [name.replace("_", "-") for name in vars(parser.parse_args([]))]
     arguments = []
     for key, value in config.items():
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
-            parser.error(f"unknown key {key!r} in the config (did you mean {nearest!r}?)")
+            raise UserError(f"unknown key {key!r} in the config (did you mean {nearest!r}?)")
         if value is not False:
             arguments.append(f"--{key}" if value is True else f"--{key}={value}")
-    return parser.parse_args(arguments)
+    try:
+        return parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise UserError(str(error)) from error
 
 
 def number(kind: type, low: float, high: float = 2**31 - 1) -> Callable:
     """Return an argparse type for an int or a float from `low` to `high`, inclusive."""
 
-    def number(text: str) -> Any:  # argparse shows this name: "invalid number value"
+    def convert(text: str) -> Any:
         if not low <= kind(text) <= high:
             raise ArgumentTypeError(f"{text} is not between {low} and {high}")
         return kind(text)
 
-    return number
+    convert.__name__ = kind.__name__  # argparse shows it: "invalid int value"
+    return convert
 
 
 def address(text: str) -> str:
@@ -498,18 +507,21 @@ def main() -> None:
     if args.evaluate:
         net = load_model(args.evaluate)
         print(f"Model {args.evaluate}")
-        if history := read_history(args.evaluate):
-            print("Trained on", history[-1].get("data", "unknown data"))
     else:
         print("Centralized PyTorch training")
         net = Net()
     net.to(DEVICE)
     print("Load data")
     trainloader, testloader, _ = load_data(args.batch_size, args.data_root, args.synthetic)
-    check_model(net, testloader.dataset)
+    dataset: Any = testloader.dataset
+    check_model(net, dataset)
     if not args.evaluate:
         print("Start training")
         train(net, trainloader, args.epochs, DEVICE, args.lr)
+    elif history := read_history(args.evaluate):
+        data = str(history[-1].get("data", dataset.name))
+        if dataset.name not in data:
+            print(f"Warning: this model was trained on {data}, not on {dataset.name}")
     print("Evaluate model")
     loss, accuracy = test(net, testloader, DEVICE)
     print("Loss: ", loss)

@@ -89,7 +89,7 @@ def make_client(args: Namespace, name: str) -> CifarClient:
     model = cifar.Net().to(cifar.DEVICE)
     cifar.check_model(model, dataset)
     data = dataset.name
-    partition = "all of it"
+    partition = "all images"
     if args.num_partitions > 1:
         scheme = f"alpha {args.alpha:g}" if args.alpha else "IID"
         data += f" in {args.num_partitions} partitions ({scheme})"
@@ -102,6 +102,7 @@ def make_client(args: Namespace, name: str) -> CifarClient:
 HINTS = {  # what gRPC says, and what it means
     "Connection refused": "Connection refused (is it running?)",
     "Socket closed": "it closed the connection; if it uses TLS, add --root-certificates",
+    "Failed parsing HTTP/2": "it is not a Flower server (wrong port?)",
     "WRONG_VERSION_NUMBER": "it does not use TLS; remove --root-certificates",
     "CERTIFICATE_VERIFY_FAILED": "its certificate is not signed by the CA in "
     "--root-certificates, has expired, or this machine's clock is wrong",
@@ -130,7 +131,7 @@ def wait_for_server(args: Namespace) -> None:
         reason = next((hint for key, hint in HINTS.items() if key in details), details)
         if time.monotonic() > deadline:
             raise cifar.UserError(
-                f"No server at {args.server_address} for {args.wait:g} s: {reason}."
+                f"No server answered at {args.server_address} within {args.wait:g} s: {reason}."
             )
         if reason != last_reason:
             print(f"Waiting for the server at {args.server_address}: {reason}")
@@ -164,7 +165,7 @@ def certificate(text: str) -> bytes:
 
 def make_parser() -> cifar.Parser:
     """Return the flags of client.py."""
-    parser = cifar.Parser(description=f"A client of a federation on {cifar.DATASET}.")
+    parser = cifar.Parser(description=f"Federated learning client for {cifar.DATASET}.")
     number = cifar.number
     parser.add("--server-address", cifar.address, cifar.SERVER_ADDRESS, "server address")
     parser.add("--wait", number(float, 0), 60, "how many seconds to wait for the server")
@@ -224,7 +225,7 @@ def main() -> None:
                 ) from error
             print(
                 f"Connection to the server lost ({error.details()}), "
-                f"reconnecting for up to {args.wait:g} s"
+                f"trying to reconnect for up to {args.wait:g} s"
             )
         time.sleep(0.5)  # back off: the server may be rejecting connections
     print("Run ended by the server")

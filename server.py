@@ -119,7 +119,7 @@ class CifarServer(fl.server.Server):
                     raise
                 self.log(f"{error} Trying again after the next round.")
         self.print_history()
-        return History(), time.monotonic() - start
+        return History(), time.monotonic() - start  # empty: Flower would print the rounds again
 
     def run_round(self) -> dict:
         """Run one round and return its record.
@@ -277,11 +277,12 @@ class CifarServer(fl.server.Server):
         for partition, count in Counter(partitions).items():
             if count > 1 and partition.startswith("partition"):
                 self.log(f"Warning: {count} clients use {partition}", once=True)
-        for key in ("classes", "data"):
-            values = sorted({property_of(each, key) for each in clients})
+        classes = sorted({property_of(each, "classes") for each in clients})
+        data = sorted({property_of(each, "data") for each in clients})
+        for key, values in (("classes", classes), ("data", data)):
             if len(values) > 1:
                 self.log(f"Warning: the clients' {key} differ: {' / '.join(values)}", once=True)
-        return " / ".join(values)[:100]  # of "data"
+        return " / ".join(data)[:100]
 
     def log_results(self, record: dict) -> None:
         """Log the results of a round."""
@@ -380,7 +381,10 @@ class StandaloneServer(CifarServer):
 
     def fit(self, num_rounds: int, timeout: float | None) -> tuple[History, float]:
         """Run the rounds; keep the exception that ends them."""
+        tls = "on" if self.args.ssl_certfile else "off"
+        strategy = type(self.strategy).__name__
         try:
+            print(f"Listening on {self.args.server_address}, TLS {tls}, strategy {strategy}")
             return super().fit(num_rounds, timeout)
         except BaseException as error:  # noqa: BLE001
             self.error = error
@@ -478,7 +482,7 @@ def read_certificates(args: Namespace) -> tuple[bytes, bytes, bytes] | None:
 
 def make_parser() -> cifar.Parser:
     """Return the flags of server.py."""
-    parser = cifar.Parser(description="The server of a federation: runs its rounds.")
+    parser = cifar.Parser(description="Federated learning server.")
     add = parser.add
     number = cifar.number
     add("--server-address", cifar.address, cifar.SERVER_ADDRESS, "address to listen on")
@@ -525,9 +529,6 @@ def main() -> None:
         print(f"All {args.rounds} rounds are done: raise --rounds to continue.")
         server.print_history()
         return
-    tls = "on" if certificates else "off"
-    strategy = type(server.strategy).__name__
-    print(f"Listening on {args.server_address}, TLS {tls}, strategy {strategy}")
     fl.server.start_server(
         server_address=args.server_address,
         server=server,

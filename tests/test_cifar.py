@@ -423,7 +423,7 @@ def test_offline_says_what_to_do(call, small_root, tmp_path):
     assert lines == ["Centralized PyTorch training", "Load data", downloading(root)]
     problem = f"Cannot download CIFAR-10 from {cifar.DATA_URL} to {root} (<urlopen error "
     assert last.startswith(problem)
-    assert last.endswith("). Put it there yourself, or use --synthetic.")
+    assert last.endswith("). Put the archive there yourself, or use --synthetic.")
 
 
 def test_download_url_is_torchvisions():
@@ -457,7 +457,7 @@ def test_failed_download_is_one_line(call, reading, tmp_path, kind):
     reading(missing, kind("ju\nnk"))
     output = call("cifar", "--data-root", tmp_path, code=1)
     where = f"from {cifar.DATA_URL} to {tmp_path} (ju nk)"
-    todo = "Put it there yourself, or use --synthetic."
+    todo = "Put the archive there yourself, or use --synthetic."
     assert output.splitlines()[-1] == f"Cannot download CIFAR-10 {where}. {todo}"
 
 
@@ -572,27 +572,28 @@ def test_model_of_a_federation_is_not_overwritten(call, tmp_path):
 GENERATED = "generated images in 2 partitions (IID)"
 HISTORIES = {
     "no history": (None, []),
-    "a round": (history_of("CIFAR-10"), ["Trained on CIFAR-10"]),
-    "two rounds": (history_of("CIFAR-10", GENERATED), [f"Trained on {GENERATED}"]),
-    "no data": (b'[{"round": 1}]', ["Trained on unknown data"]),
+    "the same data": (history_of(GENERATED, "CIFAR-10 in 2 partitions (IID)"), []),
+    "other data": (history_of("CIFAR-10", GENERATED), [f"{GENERATED}, not on CIFAR-10"]),
+    "no data": (b'[{"round": 1}]', []),
     "no round": (b"[]", []),
     "half": (history_of("generated images")[:-5], []),
     "no list": (b'{"data": "generated images"}', []),
-    "unknown data": (b'[{"data": null}]', []),
+    "unknown data": (b'[{"round": 1, "data": null}]', ["None, not on CIFAR-10"]),
     "no text": (b"\xff\xfe\xfd", []),
 }
 
 
 @pytest.mark.parametrize("name", HISTORIES)
-def test_evaluation_prints_what_a_model_was_trained_on(call, small_root, tmp_path, name):
-    history, trained_on = HISTORIES[name]
+def test_evaluation_on_other_data_is_a_warning(call, small_root, tmp_path, name):
+    history, warnings = HISTORIES[name]
     path = tmp_path / "model.pt"
     torch.save(cifar.Net().state_dict(), path)
     if history is not None:
         path.with_suffix(".json").write_bytes(history)
     lines = call("cifar", "--evaluate", path, "--data-root", small_root).splitlines()
     assert lines[0] == f"Model {path}"
-    assert [line for line in lines if line.startswith("Trained on")] == trained_on
+    start = "Warning: this model was trained on "
+    assert [line for line in lines if "Warning" in line] == [start + text for text in warnings]
     assert lines[-3] == "Evaluate model"
     assert lines[-2].startswith("Loss: ") and lines[-1].startswith("Accuracy: ")
 
@@ -632,8 +633,9 @@ def test_help_names_the_files_as_its_text_does(call):
 MODEL = "argument --model: {} must end in .pt and be in an existing, writable directory"
 WRONG_FLAGS = {
     ("cifar", "--epochs", "0"): "argument --epochs: 0 is not between 1 and",
-    ("cifar", "--epochs", "x"): "argument --epochs: invalid",
-    ("cifar", "--epochs", "2.5"): "argument --epochs: invalid",
+    ("cifar", "--epochs", "x"): "argument --epochs: invalid int value: 'x'",
+    ("cifar", "--epochs", "2.5"): "argument --epochs: invalid int value: '2.5'",
+    ("cifar", "--lr", "x"): "argument --lr: invalid float value: 'x'",
     ("cifar", "--lr", "0"): "argument --lr: 0 is not between",
     ("cifar", "--lr", "nan"): "argument --lr: nan is not between",
     ("cifar", "--model", "model"): MODEL.format("model"),

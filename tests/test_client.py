@@ -20,7 +20,7 @@ from torch.utils.data import BatchSampler, DataLoader
 import cifar
 import client
 
-PROPERTIES = {"client": "me", "data": "generated images", "partition": "all of it"}
+PROPERTIES = {"client": "me", "data": "generated images", "partition": "all images"}
 
 
 @pytest.fixture
@@ -130,8 +130,8 @@ def reported(made):
 
 SKEWED = "--synthetic --num-partitions 5 --partition-id 1 --alpha 0.5"
 DATA = {
-    "": ["CIFAR-10", "all of it", (10, 10)],
-    "--synthetic": ["generated images", "all of it", (10, 10)],
+    "": ["CIFAR-10", "all images", (10, 10)],
+    "--synthetic": ["generated images", "all images", (10, 10)],
     "--num-partitions 2": ["CIFAR-10 in 2 partitions (IID)", "partition 0", (5, 5)],
     SKEWED: ["generated images in 5 partitions (alpha 0.5)", "partition 1", (3, 2)],
 }
