@@ -107,7 +107,7 @@ def load_data(
             f"--partition-id {partition_id} is out of range: "
             f"use 0 to {num_partitions - 1} with --num-partitions {num_partitions}."
         )
-    root = Path(data_root).expanduser()
+    root = Path(data_root)
     trainset = synthesize(10_000, seed=1) if synthetic else find_images(root, train=True)
     partitions = partition(trainset.labels.numpy(), num_partitions, alpha)
     trainset = trainset.subset(partitions[partition_id])
@@ -211,6 +211,7 @@ def read_images(root: Path, train: bool, download: bool) -> Images:
 
 def find_images(root: Path, train: bool) -> Images:
     """Read the training or the test set, downloading both if missing; raises UserError."""
+    root = root.expanduser()
     if root.is_file():
         raise UserError(f"--data-root {root} is a file, not a directory.")
     try:

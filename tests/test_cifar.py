@@ -144,6 +144,10 @@ def test_subset_keeps_name_and_classes():
     assert some.classes == ["x", "y", "z"], "absent classes, too"
 
 
+def test_generated_images_need_no_home_folder():
+    assert cifar.load_data(synthetic=True, data_root="~no-such-user/data")[2]["testset"] == 2_000
+
+
 def test_generated_images_have_ten_classes_and_are_deterministic():
     dataset = cifar.synthesize(300, seed=1)
     assert dataset.images.shape == (300, 32, 32, 3) and dataset.images.dtype == torch.uint8
@@ -579,6 +583,7 @@ HISTORIES = {
     "half": (history_of("generated images")[:-5], []),
     "no list": (b'{"data": "generated images"}', []),
     "unknown data": (b'[{"round": 1, "data": null}]', ["None, not on CIFAR-10"]),
+    "no number": (b'[{"data": null}]', []),
     "no text": (b"\xff\xfe\xfd", []),
 }
 

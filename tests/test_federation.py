@@ -1,6 +1,7 @@
 """End-to-end tests: the scripts as processes, which fail, hang or are stopped."""
 
 import contextlib
+import functools
 import http.server
 import os
 import platform
@@ -156,25 +157,29 @@ def test_exit_hooks_run_and_no_telemetry_is_sent(start, address, program):
 # Clients that fail.
 
 
-def test_client_stops_waiting_for_the_server(call, address, small_root, monkeypatch):
-    for name in ("insecure_channel", "secure_channel"):  # main() wraps them: undone afterwards
+@pytest.fixture
+def call_client(call, monkeypatch):
+    """Call client.py in this process, as `call` does; undo afterwards that it wraps gRPC."""
+    for name in ("insecure_channel", "secure_channel"):
         monkeypatch.setattr(grpc, name, getattr(grpc, name))
+    return functools.partial(call, "client")
+
+
+def test_client_stops_waiting_for_the_server(call_client, address, small_root):
     flags = ["--data-root", small_root, "--wait", 1]
-    *_, waiting, last = call("client", "--server-address", address, *flags, code=1).splitlines()
+    *_, waiting, last = call_client("--server-address", address, *flags, code=1).splitlines()
     assert waiting.startswith(f"Waiting for the server at {address}: ")
     assert last.startswith(f"No server answered at {address} within 1 s: ")
     if sys.platform == "linux":
         assert last.endswith(": Connection refused (is it running?).")
 
 
-def test_client_at_the_port_of_another_program(call, monkeypatch):
-    for name in ("insecure_channel", "secure_channel"):  # main() wraps them: undone afterwards
-        monkeypatch.setattr(grpc, name, getattr(grpc, name))
+def test_client_at_the_port_of_another_program(call_client):
     handler = http.server.BaseHTTPRequestHandler
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as other:
         threading.Thread(target=other.serve_forever, daemon=True).start()
         address = f"127.0.0.1:{other.server_port}"
-        output = call("client", "--synthetic", "--wait", 0, "--server-address", address, code=1)
+        output = call_client("--synthetic", "--wait", 0, "--server-address", address, code=1)
         other.shutdown()
     reason = "it is not a Flower server (wrong port?)."
     assert output.splitlines()[-1] == f"No server answered at {address} within 0 s: {reason}"

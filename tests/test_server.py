@@ -722,7 +722,15 @@ def test_model_without_its_history_is_resumed(make, tmp_path, capsys):
         ("model.pt", b"junk", "{} is not a state_dict of cifar.Net: not a model file"),
         *[
             ("model.json", content, "{} is not a valid history file. Restore it, move it away, ")
-            for content in (b"[{", b"7", b'[""]', b'[{"round": "x"}]', b"\xff\xfe", b"thesis")
+            for content in (
+                b"[{",
+                b"7",
+                b'[""]',
+                b'{"a": 1}',
+                b'[{"round": "x"}]',
+                b"\xff\xfe",
+                b"thesis",
+            )
         ],
     ],
 )
