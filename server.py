@@ -1,546 +1,275 @@
-"""A Flower server: aggregates the clients' updates with FedAvg, and never sees an image.
+"""A Flower server: averages the clients' updates with FedAvg, and never sees an image.
 
 python3 server.py                         # a new run of 3 rounds
 python3 server.py --rounds 10 --resume    # continue it to round 10
 """
 
-import hashlib
 import io
 import json
-import random
-import ssl
-import threading
+import os
+import sys
 import time
-from argparse import Namespace
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
-from datetime import UTC, datetime
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from logging import ERROR, INFO, WARNING
 from pathlib import Path
-from tokenize import TokenError
-from typing import Any
 
-import cifar  # before Flower, because it sets environment variables for it
-from cifar import UserError
+# Flower and gRPC read these when they are imported.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # or a DataLoader's workers crash
 
-# isort: split
 import flwr as fl
-import numpy as np
 import torch
-from cryptography import x509
-from filelock import FileLock, Timeout
 from flwr.common import Metrics, Parameters, ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.common.args import try_obtain_server_certificates
-from flwr.server import ClientManager, History, ServerConfig, SimpleClientManager
-from flwr.server.client_proxy import ClientProxy
+from flwr.common.logger import FLOWER_LOGGER, log
+from flwr.server import History, ServerConfig
+from flwr.server.server import fit_clients
 from flwr.server.strategy import Strategy
 from flwr.server.strategy.aggregate import weighted_loss_avg
-from flwr.server.superlink.fleet.grpc_bidi.grpc_bridge import GrpcBridgeClosed as Disconnected
-from flwr.server.superlink.fleet.grpc_bidi.grpc_client_proxy import GrpcClientProxy
+
+import cifar
+
+FLOWER_LOGGER.addFilter(lambda record: not str(record.msg).startswith("DEPRECATED FEATURE"))
 
 
 def make_strategy(parameters: Parameters, config: Metrics) -> Strategy:
     """Return the strategy that aggregates the updates: any of Flower's, or your own."""
     return fl.server.strategy.FedAvg(
-        min_fit_clients=1,  # run_round() waits for --min-clients; then all take part
+        min_fit_clients=1,  # fit_round() waits for --min-clients; then all take part
         min_evaluate_clients=1,
         min_available_clients=1,
         initial_parameters=parameters,
         on_fit_config_fn=lambda server_round: config,
-        evaluate_metrics_aggregation_fn=average_accuracy,
+        fit_metrics_aggregation_fn=average,
+        evaluate_metrics_aggregation_fn=average,
     )
 
 
-class CifarServer(fl.server.Server):
-    """Flower server that logs its rounds, checks results, and saves the model."""
-
-    def __init__(self, args: Namespace, client_manager: ClientManager) -> None:
-        super().__init__(client_manager=client_manager)
-        self.max_workers = 1000  # threads, one per client; Flower's default is 32
-        self.args = args
-        self.round = 0
-        self.timeout: float | None = None  # seconds
-        self.logged: set[str] = set()
-        self.lock = FileLock(args.model.with_suffix(".lock"))  # held until the end
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout as error:
-            hint = "stop it or pass a different --model."
-            raise UserError(f"{args.model} is in use by another server; {hint}") from error
-        if args.seed is not None:
-            torch.manual_seed(args.seed)
-        net, self.history = open_run(args.model, args.resume)
-        self.parameters = ndarrays_to_parameters(cifar.get_parameters(net))
-        self.expected = cifar.shared_state(net.to("meta"))  # only names, dtypes and shapes
-        self.start_strategy()
-
-    def start_strategy(self) -> None:
-        """Make the strategy, which starts from the global model."""
-        config: Metrics = {"lr": self.args.lr, "local_epochs": self.args.local_epochs}
-        self.strategy = make_strategy(self.parameters, config)
-
-    def fit(self, num_rounds: int, timeout: float | None) -> tuple[History, float]:
-        """Run the remaining rounds; raises UserError after three failed attempts in a row."""
-        start = time.monotonic()
-        self.timeout = timeout
-        failed = 0
-        if not (self.args.resume or self.history):
-            rename_earlier_run(self.args.model)
-            self.save()
-        initial = self.strategy.initialize_parameters(self.client_manager())
-        if not self.history:
-            self.parameters = self.check_aggregate(initial or self.parameters)
-            if metrics := self.evaluate_centralized(self.parameters):
-                print(f"Initial model: centralized {json.dumps(metrics, default=to_plain)}")
-        while len(self.history) < num_rounds:
-            try:
-                record = self.run_round()
-            except Disconnected as error:
-                reason = str(error) or "a client is gone"
-                self.log(f"failed ({reason}), global model unchanged, trying again")
-                time.sleep(1)  # s; a strategy may choose lost clients again and again
-                continue
-            except UserError as error:
-                failed += 1
-                self.log(f"failed ({error}), global model unchanged, attempt {failed} of 3")
-                if failed == 3:
-                    hint = "Restart with --resume to continue."
-                    raise UserError(f"Giving up after 3 failed attempts. {hint}") from error
-                self.start_strategy()  # its state may include a bad aggregate
-                self.strategy.initialize_parameters(self.client_manager())
-                continue
-            failed = 0
-            self.log_results(record)
-            self.history.append(record)
-            try:
-                self.save()
-            except UserError as error:
-                if self.round == num_rounds:
-                    raise
-                self.log(f"{error} Trying again after the next round.")
-        self.print_history()
-        return History(), time.monotonic() - start  # empty: Flower would print the rounds again
-
-    def run_round(self) -> dict:
-        """Run one round and return its record.
-
-        Raises Disconnected if it fails only because clients were lost, else UserError.
-        """
-        self.round = len(self.history) + 1
-        clients = self.client_manager()
-
-        # Wait for enough clients.
-        connected = -1
-        while (available := clients.num_available()) < self.args.min_clients:
-            if available != connected:
-                print(f"Waiting for clients: {available} of {self.args.min_clients} connected")
-            connected = available
-            clients.wait_for(connected + 1, timeout=1)  # s; then count again, as clients may leave
-        start = time.monotonic()
-
-        # Choose the clients that train, and what to send them: parameters and settings.
-        to_train = self.strategy.configure_fit(self.round, self.parameters, clients)
-        if not to_train:
-            reason = "it asks for more than --min-clients"
-            raise UserError(f"the strategy chose none of {available} clients: {reason}")
-        self.log(f"training on {len(to_train)} of {available} clients")
-
-        # Train, each client on its own images. Updates that cannot be aggregated, or
-        # would swamp the others, are rejected: they are among the failures.
-        weights = map(np.abs, parameters_to_ndarrays(self.parameters))
-        self.limit = 1000 * max(array.max(initial=1) for array in weights)
-        updates, failures = self.collect("fit", to_train)
-        data = self.compare_data([client for client, _ in updates])
-
-        # Aggregate. FedAvg: w = sum of n_k / n * w_k over the clients k, where client k
-        # has n_k of all n images and sent the weights w_k. Updates arrive in any order,
-        # and a sum of floats depends on it: sort them, to make a run repeatable.
-        updates.sort(key=lambda update: update[1].parameters.tensors)
-        num_updates = len(updates)
-        aggregate, fit_metrics = self.strategy.aggregate_fit(self.round, updates, failures)
-        if not aggregate:
-            reason = "the strategy returned no parameters" if updates else "no usable updates"
-            only_lost = {type(each) for each in failures} == {Disconnected}
-            raise Disconnected(reason) if only_lost else UserError(reason)
-        del updates, failures  # free the memory: they hold a model per client
-        aggregate = self.check_aggregate(aggregate)
-
-        # Evaluate the aggregate: on the server if the strategy does, and on the clients.
-        centralized = self.evaluate_centralized(aggregate)
-        to_evaluate = self.strategy.configure_evaluate(self.round, aggregate, clients) or []
-        results, failures = self.collect("evaluate", to_evaluate)
-        if sum(not isinstance(each, Disconnected) for each in failures) > len(results):
-            raise UserError("most clients cannot evaluate the aggregate")
-        loss = None
-        metrics: Metrics = {}
-        if to_evaluate:
-            loss, metrics = self.strategy.aggregate_evaluate(self.round, results, failures)
-
-        # From now on, the aggregate is the global model.
-        self.parameters = aggregate
-        return {
-            "round": self.round,
-            "loss": loss,
-            "accuracy": metrics.get("accuracy"),
-            "clients": num_updates,
-            "seconds": round(time.monotonic() - start, 3),
-            "data": data,
-            "metrics": metrics,
-            "fit_metrics": fit_metrics,
-            "centralized": centralized,
-            "strategy": type(self.strategy).__name__,
-            "config": to_train[0][1].config,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {"flwr": fl.__version__, "torch": torch.__version__},
-        }
-
-    def evaluate_centralized(self, parameters: Parameters) -> Metrics:
-        """Return loss and metrics of the strategy's own evaluation, if it has one."""
-        evaluation = self.strategy.evaluate(self.round, parameters)
-        return {"loss": evaluation[0], **evaluation[1]} if evaluation else {}
-
-    def collect(self, task: str, instructions: list) -> tuple[list, list]:
-        """Send clients their instructions to "fit" or "evaluate"; return results and failures.
-
-        Results are (client, result) pairs. A failure is such a pair, if the result was
-        rejected, or else the exception of a client that was lost. Raises UserError for any
-        other exception.
-        """
-        usable = []
-        failures: list = []
-        start = time.monotonic()
-        with ThreadPoolExecutor(self.max_workers) as executor:
-            asked = {
-                executor.submit(getattr(client, task), ins, self.timeout, self.round): client
-                for client, ins in instructions
-            }
-            for future in as_completed(asked):
-                client = asked[future]
-                error = future.exception()
-                # In Flower's engine, a client that fails or is too late is a ValueError.
-                if isinstance(error, Disconnected | ValueError):
-                    failures.append(error)
-                    reason = str(error) or "disconnected"
-                    if self.timeout and time.monotonic() - start >= self.timeout:
-                        reason = f"timed out after {self.timeout:g} s"
-                    self.log(f"{name_of(client)} lost: {reason}")
-                    if isinstance(error, Disconnected):
-                        self.client_manager().unregister(client)  # if Flower has not done so yet
-                    continue
-                if error:
-                    raise UserError(f"{type(error).__name__}: {error}") from error
-                result = future.result()
-                client.properties.update(result.metrics)  # ask() is never called in the engine
-                try:
-                    self.check_result(result)
-                    usable.append((client, result))
-                except UserError as error:
-                    failures.append((client, result))
-                    kind = "update" if task == "fit" else "evaluation"
-                    self.log(f"{kind} from {name_of(client)} rejected: {error}")
-        return usable, failures
-
-    def check_result(self, result: fl.common.FitRes | fl.common.EvaluateRes) -> None:
-        """Raise UserError if a client's result cannot be aggregated."""
-        if result.status.code != fl.common.Code.OK:
-            raise UserError(f"{result.status.code.name}, {result.status.message}")
-        if not 0 < result.num_examples <= 10**9:
-            raise UserError(f"{result.num_examples} examples")
-        if isinstance(result, fl.common.EvaluateRes):
-            accuracy: Any = result.metrics.get("accuracy", 0)
-            number = type(accuracy) in (int, float)  # not bool, which is an int too
-            if not (number and 0 <= accuracy <= 1 and 0 <= result.loss < 1e30):
-                raise UserError(f"loss {result.loss:g}, accuracy {accuracy!r}")
-            return
-        # One array more than expected is enough to reject it.
-        files = map(io.BytesIO, result.parameters.tensors[: len(self.expected) + 1])
-        try:
-            arrays = [np.lib.format.read_array(file, allow_pickle=False) for file in files]
-        except UNREADABLE as error:
-            raise UserError("unreadable parameters") from error
-        cifar.check_parameters(self.expected, arrays, self.limit)
-
-    def check_aggregate(self, aggregate: Parameters) -> Parameters:
-        """Return the aggregate, cast to the model's dtypes; raises UserError if it does not fit."""
-        arrays = parameters_to_ndarrays(aggregate)
-        for i, (array, own) in enumerate(zip(arrays, self.expected.values())):
-            arrays[i] = torch.from_numpy(array).to(own.dtype).numpy()
-        cifar.check_parameters(self.expected, arrays)
-        return ndarrays_to_parameters(arrays)
-
-    def compare_data(self, clients: list[ClientProxy]) -> str:
-        """Log each client's data, warn if they do not match; return them for the history."""
-        partitions = [property_of(client, "partition") for client in clients]
-        for client, partition in zip(clients, partitions):
-            line = f"{name_of(client)}: {property_of(client, 'data')}, {partition}"
-            self.log(line, once=True)
-        for partition, count in Counter(partitions).items():
-            if count > 1 and partition.startswith("partition"):
-                self.log(f"Warning: {count} clients use {partition}", once=True)
-        classes = sorted({property_of(each, "classes") for each in clients})
-        data = sorted({property_of(each, "data") for each in clients})
-        for key, values in (("classes", classes), ("data", data)):
-            if len(values) > 1:
-                self.log(f"Warning: the clients' {key} differ: {' / '.join(values)}", once=True)
-        return " / ".join(data)[:100]
-
-    def log_results(self, record: dict) -> None:
-        """Log the results of a round."""
-        self.log(
-            f"loss {column(record, 'loss')}, accuracy {column(record, 'accuracy')}, "
-            f"clients {record['clients']}, {column(record, 'seconds', '.1f')} s"
-        )
-        for key in ("metrics", "fit_metrics", "centralized"):
-            if record[key] and record[key] != {"accuracy": record["accuracy"]}:
-                self.log(f"{key} {json.dumps(record[key], default=to_plain)}")
-
-    def print_history(self) -> None:
-        """Print a table of the rounds, and where the model is."""
-        print("\nround    loss  accuracy  clients  seconds")
-        for record in self.history:
-            print(
-                f"{record['round']:>5} {column(record, 'loss'):>7}  "
-                f"{column(record, 'accuracy'):>8}  {column(record, 'clients', 'd'):>7}  "
-                f"{column(record, 'seconds', '.1f'):>7}"
-            )
-        print(f"Model: {self.args.model}")
-
-    def log(self, message: str, once: bool = False) -> None:
-        """Print a line about the round (with `once`, not again); escape unprintable characters."""
-        if once:
-            if message in self.logged:
-                return
-            self.logged.add(message)
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:300])
-        print(f"Round {self.round}/{self.args.rounds}: {text}")
-
-    def save(self) -> None:
-        """Save model and history; raises UserError."""
-        net = cifar.Net()
-        cifar.set_parameters(net, parameters_to_ndarrays(self.parameters))
-        model = cifar.to_bytes(net)
-        if self.history:
-            self.history[-1]["model"] = hashlib.sha256(model).hexdigest()
-        text = json.dumps(self.history, indent=2, default=to_plain) + "\n"
-        path = self.args.model
-        cifar.write_files({path.with_suffix(".json"): text.encode(), path: model})
+def average(metrics: list[tuple[int, Metrics]]) -> Metrics:
+    """Average each number that clients return, weighted by their numbers of examples."""
+    numbers: dict[str, list] = {}
+    for num_examples, each in metrics:
+        for name, value in each.items():
+            if type(value) in (int, float):  # no text, and no bool
+                numbers.setdefault(name, []).append((num_examples, value))
+    return {name: weighted_loss_avg(known) for name, known in numbers.items()}
 
 
-# Utilities: skip on first reading. Clients, files, command line; main() is at the end.
+class Clients(fl.server.SimpleClientManager):
+    """Flower's client manager, which also says whom it waits for."""
 
-
-# What NumPy raises for bytes that are not an array, depending on what is wrong with them.
-UNREADABLE = (
-    ArithmeticError,
-    LookupError,
-    MemoryError,
-    RuntimeError,
-    SyntaxError,
-    TokenError,
-    TypeError,
-    ValueError,
-)
-
-
-class Clients(SimpleClientManager):
-    """Flower's client manager, safe while clients leave; clients register once they answer."""
-
-    def all(self) -> dict[str, ClientProxy]:
-        """Return a copy of the clients, as they may join or leave while it is used."""
-        return dict(self.clients)
-
-    def sample(self, num_clients: int, min_num_clients: Any = None, criterion: Any = None) -> list:
-        """Return random clients, or none if there are too few: it never waits for more."""
-        clients = [each for each in self.all().values() if not criterion or criterion.select(each)]
-        enough = len(self) >= (min_num_clients or 0) and len(clients) >= num_clients
-        return random.sample(clients, num_clients) if enough else []
-
-    def register(self, client: ClientProxy) -> bool:
-        """Register a client; over gRPC, once it answers: it may have left already."""
-        if not isinstance(client, GrpcClientProxy):
-            return super().register(client)
-        threading.Thread(target=self.ask, args=(client,), daemon=True).start()
+    def wait_for(self, num_clients: int, timeout: int = 86400) -> bool:
+        """Wait for the clients, however long it takes."""
+        while (connected := len(self)) < num_clients:
+            log(INFO, "Waiting for clients: %s of %s connected", connected, num_clients)
+            super().wait_for(connected + 1, timeout)
         return True
 
-    def ask(self, client: ClientProxy) -> None:
-        """Ask a client for its properties, then register it."""
-        with suppress(Disconnected):
-            answer = client.get_properties(fl.common.GetPropertiesIns({}), None, None)
-            client.properties = answer.properties
-            super().register(client)
 
-    def unregister(self, client: ClientProxy) -> None:
-        """Unregister a client; Flower may be doing so in another thread at the same time."""
-        self.clients.pop(client.cid, None)
+class CifarServer(fl.server.Server):
+    """Flower's server, which rejects bad updates, repeats failed rounds, and saves."""
 
-
-class StandaloneServer(CifarServer):
-    """CifarServer for start_server(), which stops gRPC only if fit() returns."""
-
-    error: BaseException | None = None  # for main() to raise
+    def __init__(self, args: Namespace, in_engine: bool = False) -> None:
+        self.args = args
+        self.in_engine = in_engine
+        self.error: BaseException | None = None  # what ended fit() early
+        self.is_saved = True
+        self.history: list[dict] = []  # a record for each round
+        self.history_path = args.model.with_suffix(".json")
+        if args.seed is not None:
+            torch.manual_seed(args.seed)
+        self.net = cifar.load_model(args.model) if args.resume else cifar.Net()
+        if args.resume and self.history_path.exists():
+            self.history = json.loads(self.history_path.read_text())
+        self.rounds_before = len(self.history)
+        self.finite = {name: value.isfinite() for name, value in self.net.state_dict().items()}
+        parameters = ndarrays_to_parameters(cifar.get_parameters(self.net))
+        strategy = make_strategy(parameters, {"lr": args.lr, "local_epochs": args.local_epochs})
+        self.clients = Clients()
+        super().__init__(client_manager=self.clients, strategy=strategy)
+        self.set_max_workers(1000)  # a thread for each client
 
     def fit(self, num_rounds: int, timeout: float | None) -> tuple[History, float]:
-        """Run the rounds; keep the exception that ends them."""
-        tls = "on" if self.args.ssl_certfile else "off"
-        strategy = type(self.strategy).__name__
+        """Run the rounds; keep what ends them early, for main() to raise."""
         try:
-            print(f"Listening on {self.args.server_address}, TLS {tls}, strategy {strategy}")
-            return super().fit(num_rounds, timeout)
-        except BaseException as error:  # noqa: BLE001
+            for path in (self.args.model, self.history_path):
+                if path.exists() and not self.args.resume:
+                    log(INFO, "Renamed %s of an earlier run to %s.old", path, path)
+                    path.replace(f"{path}.old")
+            history, seconds = super().fit(num_rounds, timeout)
+            if not self.is_saved:
+                sys.exit(1)
+            return history, seconds
+        except BaseException as error:  # start_server() ends properly only if fit() returns
+            if self.in_engine:
+                raise
             self.error = error
-        return History(), 0.0
+            FLOWER_LOGGER.setLevel(WARNING)  # no summary of a run that is not finished
+            return History(), 0.0
+
+    def is_done(self, server_round: int) -> bool:
+        """Return whether there is nothing to do in a round: it was before --resume."""
+        return server_round <= self.rounds_before
+
+    def fit_round(self, server_round: int, timeout: float | None) -> tuple | None:
+        """Train on the clients, aggregate, save; repeat it if it fails, up to three times."""
+        if self.is_done(server_round):
+            return None
+        attempts = 0
+        while attempts < 3:
+            self.clients.wait_for(self.args.min_clients)
+            start = time.monotonic()
+
+            # Choose the clients that train, and send them parameters and settings.
+            chosen = self.strategy.configure_fit(server_round, self.parameters, self.clients)
+            sampled = f"{len(chosen)} clients (out of {len(self.clients)})"
+            log(INFO, "configure_fit: strategy sampled %s", sampled)
+
+            # Train, each client on its own images.
+            results, failures = fit_clients(chosen, self.max_workers, timeout, server_round)
+            lost = sum(client.cid not in self.clients.all() for client, _ in chosen)
+            if lost:
+                log(WARNING, "%s of %s clients lost", lost, len(chosen))
+            log_failures(failures)
+            for client, result in list(results):
+                if reason := self.why_unusable(result.parameters, result.num_examples):
+                    name = result.metrics.get("client", client.cid)
+                    log(WARNING, "Update of client %r rejected: %s", name, reason)
+                    results.remove((client, result))
+                    failures.append((client, result))
+            received = f"{len(results)} results and {len(failures)} failures"
+            log(INFO, "aggregate_fit: received %s", received)
+
+            # Aggregate. FedAvg: w = sum of n_k / n * w_k over the clients k, where client k has
+            # n_k of all n images and sent the weights w_k. The updates arrived in any order,
+            # on which a sum of floats depends: sort them, to make a run repeatable.
+            results.sort(key=lambda result: result[1].parameters.tensors)
+            parameters, metrics = self.strategy.aggregate_fit(server_round, results, failures)
+            reason = self.why_unusable(parameters) if parameters else "no aggregate"
+            if parameters and not reason:
+                self.parameters = parameters
+                seconds = round(time.monotonic() - start, 3)
+                own = {"round": server_round, "clients": len(results), "seconds": seconds}
+                self.history.append({**own, "loss": None, **metrics, **own})
+                self.save()
+                return parameters, metrics, ([], [])
+
+            # A lost client is no reason to give up.
+            attempts += lost == 0
+            log(WARNING, "Round %s failed (%s), repeating it", server_round, reason)
+            time.sleep(1)
+        log(ERROR, "Round %s failed 3 times, giving up", server_round)
+        sys.exit(1)
+
+    def why_unusable(self, parameters: Parameters, num_examples: int = 1) -> str:
+        """Load parameters into the network; return why they spoil the model, or ""."""
+        if num_examples <= 0:
+            return f"{num_examples} examples"
+        try:
+            cifar.set_parameters(self.net, parameters_to_ndarrays(parameters))
+        except Exception as error:  # noqa: BLE001  # a client can send anything at all
+            return str(error) or repr(error)
+        for name, value in cifar.shared_state(self.net).items():
+            if (self.finite[name] & ~value.isfinite()).any():
+                return f"NaN or infinity in {name}"
+        return ""
+
+    def evaluate_round(self, server_round: int, timeout: float | None) -> tuple | None:
+        """Evaluate the model on the clients, and complete the round's record."""
+        if self.is_done(server_round):
+            return None
+        record = self.history[-1]
+        evaluation = super().evaluate_round(server_round, timeout)
+        if evaluation:
+            loss, metrics, (_, failures) = evaluation
+            log_failures(failures)
+            own = {name: record[name] for name in ("round", "clients", "seconds")}
+            record.update({**metrics, **own, "loss": loss})
+            self.save()
+        log(INFO, "%s", record)
+        return evaluation
 
     def disconnect_all_clients(self, timeout: float | None) -> None:
         """Disconnect the clients; one may never answer, so wait at most 10 s."""
         super().disconnect_all_clients(timeout=10)
 
-
-def average_accuracy(metrics: list[tuple[int, Metrics]]) -> Metrics:
-    """Average the clients' accuracies, weighted by their numbers of test images."""
-    known = [(n, float(each["accuracy"])) for n, each in metrics if "accuracy" in each]
-    return {"accuracy": weighted_loss_avg(known)} if known else {}
-
-
-def property_of(client: ClientProxy, key: str) -> str:
-    """Return a property that the client sent, truncated to 1,000 characters."""
-    return str(client.properties.get(key, "unknown"))[:1000]
-
-
-def name_of(client: ClientProxy) -> str:
-    """Return the client's name for the log, or Flower's id if it has sent none."""
-    return f"client '{client.properties.get('client', client.cid)!s:.100}'"
+    def save(self) -> None:
+        """Save model, then history: each beside the old file, then moved over it."""
+        model = io.BytesIO()  # not a file, for which torch.save() would not say "disk full"
+        torch.save(self.net.state_dict(), model)
+        history = json.dumps(self.history, indent=2, default=float).encode()
+        self.is_saved = False
+        try:
+            for path, content in (self.args.model, model.getvalue()), (self.history_path, history):
+                Path(f"{path}.tmp").write_bytes(content)
+                os.replace(f"{path}.tmp", path)
+            self.is_saved = True
+        except OSError as error:
+            log(ERROR, "Cannot save the model and its history: %s", error)
 
 
-def to_plain(value: Any) -> Any:
-    """Return values of NumPy and PyTorch as numbers or lists, and others as text."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)
+def log_failures(failures: list) -> None:
+    """Log why clients failed, which Flower only counts."""
+    for failure in failures:
+        reason = failure if isinstance(failure, BaseException) else failure[1].status
+        log(WARNING, "A client failed: %r", reason)
 
 
-def column(record: dict, key: str, form: str = ".4f") -> str:
-    """Return a value of a record as text, "-" if it is missing."""
-    value = record.get(key)
-    return "-" if value is None else format(value, form)
-
-
-def open_run(path: Path, resume: bool) -> tuple[cifar.Net, list[dict]]:
-    """Return the model and history to resume, or new ones; raises UserError."""
-    history_path = path.with_suffix(".json")
-    history = cifar.read_history(path)
-    if history is None and history_path.exists():
-        hint = "Restore it, move it away, or pass a different --model."
-        raise UserError(f"{history_path} is not a valid history file. {hint}")
-    if not resume:
-        return cifar.Net(), []
-    net = cifar.load_model(path)
-    if history is None:
-        print(f"{history_path} is missing: resuming from the model alone, at round 1")
-        return net, []
-    model = hashlib.sha256(path.read_bytes()).hexdigest()
-    rounds = [each["round"] for each in history if each.get("model", model) == model]
-    if rounds:
-        del history[rounds[-1] :]  # rounds after the model's are run again
-    elif history:
-        print(f"Warning: {path} is not the model of any round in {history_path}")
-    return net, history
-
-
-def rename_earlier_run(path: Path) -> None:
-    """Rename model and history of an earlier run, unless it finished no round."""
-    if cifar.read_history(path) == []:
-        return
-    old = [file for file in (path.with_suffix(".json"), path) if file.exists()]
-    number = 1
-    while any(file.with_stem(f"{path.stem}-{number}").exists() for file in old):
-        number += 1
-    for file in old:
-        renamed = file.rename(file.with_stem(f"{path.stem}-{number}"))
-        print(f"Renamed {file} (earlier run) to {renamed}")
-
-
-def read_certificates(args: Namespace) -> tuple[bytes, bytes, bytes] | None:
-    """Return the TLS certificates for start_server(), if any; raises UserError."""
-    if not (args.ssl_certfile or args.ssl_keyfile or args.ssl_ca_certfile):
-        return None
-    flags = "--ssl-certfile, --ssl-keyfile or --ssl-ca-certfile"
-    try:
-        certificates = try_obtain_server_certificates(args)
-        flags = "--ssl-ca-certfile"
-        tls = ssl.create_default_context(cafile=args.ssl_ca_certfile)
-        flags = "--ssl-certfile or --ssl-keyfile"
-        # With a password, an encrypted key is an error instead of a prompt.
-        tls.load_cert_chain(args.ssl_certfile, args.ssl_keyfile, password="")
-    except OSError as error:  # also ssl.SSLError
-        raise UserError(f"Invalid TLS certificate or key in {flags}: {error}.") from error
-    own = x509.load_pem_x509_certificate(args.ssl_certfile.read_bytes())
-    if not own.not_valid_before_utc <= datetime.now(UTC) <= own.not_valid_after_utc:
-        print(
-            "Warning: clients will reject --ssl-certfile: it is only valid "
-            f"from {own.not_valid_before_utc:%Y-%m-%d} to {own.not_valid_after_utc:%Y-%m-%d}"
-        )
-    return certificates
-
-
-def make_parser() -> cifar.Parser:
+def make_parser() -> ArgumentParser:
     """Return the flags of server.py."""
-    parser = cifar.Parser(description="Federated learning server.")
-    add = parser.add
-    number = cifar.number
-    add("--server-address", cifar.address, cifar.SERVER_ADDRESS, "address to listen on")
-    add("--rounds", number(int, 1), 3, "total rounds, including those before --resume")
-    add("--min-clients", number(int, 1), 2, "clients required before a round starts")
-    add("--local-epochs", number(int, 1), 1, "local epochs per round")
-    add("--lr", number(float, 1e-9), cifar.LEARNING_RATE, "learning rate of the clients")
-    text = "drop clients that take longer than this, in seconds"
-    add("--round-timeout", number(float, 0.1), None, text)
-    add("--model", cifar.model_path, "global_model.pt", "model file, with the history beside it")
-    text = "resume from --model and its history"
-    parser.add_argument("--resume", action="store_true", help=text)
-    add("--seed", number(int, 0), None, "random seed for the initial weights")
-    add("--ssl-certfile", Path, None, "TLS: the server's certificate (PEM)")
-    add("--ssl-keyfile", Path, None, "TLS: the server's private key (PEM)")
-    add("--ssl-ca-certfile", Path, None, "TLS: the CA certificate (PEM)")
+    parser = ArgumentParser(formatter_class=ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--server-address", default="127.0.0.1:8080", help="address to listen on")
+    add("--rounds", type=int, default=3, help="rounds, with those before --resume")
+    add("--min-clients", type=int, default=2, help="clients that a round waits for")
+    add("--local-epochs", type=int, default=1, help="epochs on a client in a round")
+    add("--lr", type=float, default=cifar.LEARNING_RATE, help="the clients' learning rate")
+    add("--round-timeout", type=float, help="seconds until a slow client is dropped")
+    add("--model", type=Path, default="global_model.pt", help="the model to save")
+    add("--resume", action="store_true", help="continue the run of --model")
+    add("--seed", type=int, help="random seed for the initial weights")
+    add("--ssl-certfile", help="TLS: the server's certificate (PEM)")
+    add("--ssl-keyfile", help="TLS: the server's private key (PEM)")
+    add("--ssl-ca-certfile", help="TLS: the CA certificate (PEM)")
     return parser
 
 
 def server_fn(context: fl.common.Context) -> fl.server.ServerAppComponents:
-    """Build the server for Flower's engine, from the run config."""
-    import client  # lazy import: only the engine mixes the flags of both scripts
-
-    args = cifar.parse_config(context.run_config, client.make_parser(), make_parser())
+    """Return the server for the engine; the run config holds flags under their names."""
+    parser = make_parser()
+    flags = {k.replace("-", "_"): v for k, v in context.run_config.items() if v is not False}
+    parser.set_defaults(**flags)
+    args = parser.parse_args([])
     config = ServerConfig(args.rounds, args.round_timeout)
-    return fl.server.ServerAppComponents(server=CifarServer(args, Clients()), config=config)
+    return fl.server.ServerAppComponents(server=CifarServer(args, in_engine=True), config=config)
 
 
 app = fl.server.ServerApp(server_fn=server_fn)
 
 
 def main() -> None:
-    """Start the server and run the remaining rounds."""
-    args = make_parser().parse_args()
-    certificates = read_certificates(args)
-    local = args.server_address.startswith(("127.", "localhost:", "[::1]:"))
-    if not certificates and not local:
-        print(
-            f"Warning: no TLS on {args.server_address}: anyone who can reach it can join, read "
-            'and modify the model. See "Several machines" in README.md.'
-        )
-    server = StandaloneServer(args, Clients())
-    if len(server.history) >= args.rounds:
-        print(f"All {args.rounds} rounds are done: raise --rounds to continue.")
-        server.print_history()
-        return
+    """Start Flower's server for a run of federated learning."""
+    parser = make_parser()
+    args = parser.parse_args()
+    if args.model.suffix != ".pt":
+        parser.error("--model must end in .pt")
+    args.model.parent.mkdir(parents=True, exist_ok=True)
+    certificates = None
+    if args.ssl_certfile or args.ssl_keyfile or args.ssl_ca_certfile:
+        certificates = try_obtain_server_certificates(args)
+    elif not args.server_address.startswith(("127.", "localhost:", "[::1]:")):
+        risk = "anyone who reaches it can join, read and change the model"
+        log(WARNING, "No TLS on %s: %s", args.server_address, risk)
+    server = CifarServer(args)
     fl.server.start_server(
         server_address=args.server_address,
         server=server,
         config=ServerConfig(args.rounds, args.round_timeout),
         certificates=certificates,
     )
-    if isinstance(server.error, SystemExit):  # Flower raises it on Ctrl-C and SIGTERM
-        saved = f"Model saved to {args.model}. Restart with --resume to continue."
-        raise UserError(f"Stopped after {len(server.history)} of {args.rounds} rounds. {saved}")
     if server.error:
         raise server.error
 
 
 if __name__ == "__main__":
-    cifar.run_main(main)
+    main()
