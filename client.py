@@ -29,7 +29,6 @@ from torch.utils.data import DataLoader
 import cifar
 
 NAME = f"{platform.node()}-{os.getpid()}"  # for the server's log
-
 FLOWER_LOGGER.addFilter(lambda record: not str(record.msg).startswith("DEPRECATED FEATURE"))
 
 
@@ -143,12 +142,11 @@ def main() -> None:
     args = parser.parse_args()
     if not 0 <= args.partition_id < args.num_partitions:
         parser.error(f"--partition-id must be from 0 to {args.num_partitions - 1}")
-    certificates = None
-    if args.root_certificates:
-        try:
-            certificates = Path(args.root_certificates).read_bytes()
-        except OSError as error:
-            parser.error(f"--root-certificates: {error}")
+    path = args.root_certificates
+    try:
+        certificates = Path(path).read_bytes() if path else None
+    except OSError as error:
+        parser.error(f"--root-certificates: {error}")
     # Load model and data
     print(f"Client {NAME}")
     client = make_client(args).to_client()

@@ -205,7 +205,7 @@ class CifarServer(fl.server.Server):
                 os.replace(f"{path}.tmp", path)
             self.is_saved = True
         except OSError as error:
-            log(ERROR, "Cannot save the model and its history: %s", error)
+            log(ERROR, "Cannot save %s: %s", self.args.model, error)
 
 
 def log_failures(failures: list) -> None:
@@ -258,8 +258,7 @@ def main() -> None:
     if args.ssl_certfile or args.ssl_keyfile or args.ssl_ca_certfile:
         certificates = try_obtain_server_certificates(args)
     elif not args.server_address.startswith(("127.", "localhost:", "[::1]:")):
-        risk = "anyone who reaches it can join, read and change the model"
-        log(WARNING, "No TLS on %s: %s", args.server_address, risk)
+        log(WARNING, "No TLS: anyone who reaches the port can join, read and change the model")
     server = CifarServer(args)
     fl.server.start_server(
         server_address=args.server_address,

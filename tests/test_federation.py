@@ -294,7 +294,7 @@ def test_this_machine_is_never_reached_through_a_proxy(start, serve, join, addre
     assert server.end() == 0, server.output
     there = address.replace("127.0.0.1", "0.0.0.0")
     server = serve("--server-address", there, "--rounds", 1, "--min-clients", 1)
-    assert f"No TLS on {there}: anyone who reaches it can join" in server.output
+    assert "No TLS: anyone who reaches the port can join" in server.output
     arguments = ["--server-address", other, "--wait", 20, *FEW]
     client = start("client.py", *arguments, **{**proxy, "no_proxy": "127.0.0.2"})
     assert client.end() == 0, client.output
