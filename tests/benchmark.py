@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import PlainImages, PlainNet, Script, free_address, history, plain_train
+from helpers import PlainImages, PlainNet, Script, free_address, plain_train
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -276,22 +276,6 @@ def bench_bare(repetitions: int) -> None:
     show("2 bare PyTorch processes, 3 epochs", times)
 
 
-def bench_clients(repetitions: int) -> None:
-    """Time rounds with many clients that learn nothing, on one server."""
-    records, sizes = [], []
-    for _ in range(repetitions):
-        address = free_address()
-        server = Process(our_script, "server", address, "--min-clients", 64, "--rounds", 5)
-        finish(Process(light_clients, address, 64), server)
-        records += history(Path("global_model.pt"))
-        sizes.append(server.memory / 1e6)
-    seconds = statistics.median(record["seconds"] for record in records)
-    complete = sum(record["clients"] == 64 for record in records)
-    line = f"{seconds:.3f} s a round, {complete} of {len(records)} rounds with all"
-    memory = f"server's peak memory {statistics.median(sizes):.0f} MB"
-    print(f"{'64 clients that learn nothing':<34} {line}, {memory}", flush=True)
-
-
 def bench_memory(repetitions: int) -> None:
     """Compare the peak memory of two servers: a model of 200 MB, 2 clients, 2 rounds."""
     sizes = Figures(list)
@@ -306,7 +290,7 @@ def bench_memory(repetitions: int) -> None:
     show("server's memory, model of 200 MB", sizes, "GB", 1e-9)
 
 
-rows = [bench_batch, bench_train, bench_federation, bench_bare, bench_clients, bench_memory]
+rows = [bench_batch, bench_train, bench_federation, bench_bare, bench_memory]
 ROWS = {function.__name__.removeprefix("bench_"): function for function in rows}
 
 
