@@ -156,7 +156,7 @@ class CifarServer(fl.server.Server):
 
             # A lost client is no reason to give up.
             attempts += lost == 0
-            log(WARNING, "Round %s failed (%s), repeating it", server_round, reason)
+            log(WARNING, "Round %s failed (%s)", server_round, reason)
             time.sleep(1)
         log(ERROR, "Round %s failed 3 times, giving up", server_round)
         sys.exit(1)

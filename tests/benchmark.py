@@ -4,11 +4,10 @@
     python3 tests/benchmark.py batch train    # only these rows
 
 The plain pipeline decodes and normalizes one image at a time. What is compared takes turns; figures
-are medians, ratios medians over the pairs. Without CIFAR-10, generated images are used.
+are medians, ratios medians over the pairs.
 """
 
 import argparse
-import atexit
 import contextlib
 import importlib
 import os
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 from helpers import PlainImages, PlainNet, Script, free_address, plain_train
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 import cifar
@@ -35,34 +34,16 @@ from cifar import DEVICE
 Figures = defaultdict[str, list[float]]
 
 
-def read_or_generate(data_root: str, train: bool) -> cifar.Images:
-    """Return CIFAR-10's training or test set, or as many generated images."""
-    if (Path(data_root).expanduser() / "cifar-10-batches-py").exists():
-        return read_images(data_root, train)
-    return cifar.synthesize(50_000, 1) if train else cifar.synthesize(10_000, 2)
-
-
-read_images = cifar.read_images
-cifar.read_images = read_or_generate
-
-
-def our_trainloader() -> DataLoader:
-    """Return this project's loader of all training images."""
-    with contextlib.redirect_stdout(None):
-        return cifar.load_data()[0]
-
-
 def plain_loader(train: bool) -> DataLoader:
     """Return the plain pipeline's loader of all training or test images."""
-    images = PlainImages(read_or_generate(cifar.DATA_ROOT, train))
-    return DataLoader(images, batch_size=32, shuffle=train)
+    return DataLoader(PlainImages(cifar.read_images(cifar.DATA_ROOT, train)), 32, shuffle=train)
 
 
 # Functions that run as processes: python3 tests/benchmark.py NAME ARGUMENTS
 
 
 def our_script(name: str, address: str, *arguments: str) -> None:
-    """Run server.py or client.py, on CIFAR-10 or generated images."""
+    """Run server.py or client.py."""
     sys.argv = [name, "--server-address", address, *arguments]
     importlib.import_module(name).main()
 
@@ -95,11 +76,11 @@ def plain_client(address: str) -> None:
             loss, accuracy = cifar.test(net, testloader, DEVICE)
             return loss, 10_000, {"accuracy": accuracy}
 
-    connect(address, PlainClient())
+    flwr.client.start_client(server_address=address, client=PlainClient().to_client())
 
 
-def light_clients(address: str, count: str) -> None:
-    """Run many clients that learn nothing, each with its own connection."""
+def light_client(address: str) -> None:
+    """Run a client that learns nothing."""
     import flwr
 
     class LightClient(flwr.client.NumPyClient):
@@ -107,56 +88,37 @@ def light_clients(address: str, count: str) -> None:
             return parameters, 1, {}
 
         def evaluate(self, parameters, config):
-            return 1.0, 1, {"accuracy": 0.5}
+            return 1.0, 1, {}
 
-    for _ in range(int(count)):
-        threading.Thread(target=connect, args=(address, LightClient())).start()
-
-
-def connect(address: str, client: Any) -> None:
-    """Run one of Flower's NumPyClients, as soon as the server can be reached."""
-    import flwr
-    import grpc
-
-    with grpc.insecure_channel(address, [("grpc.max_reconnect_backoff_ms", 1000)]) as channel:
-        grpc.channel_ready_future(channel).result(timeout=300)
-    flwr.client.start_client(server_address=address, client=client.to_client())
+    flwr.client.start_client(server_address=address, client=LightClient().to_client())
 
 
 def large(function: str, *arguments: str) -> None:
     """Run one of these functions with a model of 50 million weights, or 200 MB."""
     cifar.Net = partial(nn.Linear, 7071, 7071)  # type: ignore[assignment, misc]
-    FUNCTIONS[function](*arguments)
+    globals()[function](*arguments)
 
 
 def bare_pytorch() -> None:
     """Train and test three times, on floats in memory: nothing is federated."""
     torch.set_num_threads(1)
-    images, labels = bare_tensors(train=True)
-    test_images, test_labels = bare_tensors(train=False)
+    data = []
+    for train in (True, False):
+        dataset = cifar.read_images(cifar.DATA_ROOT, train)
+        images = dataset.images.permute(0, 3, 1, 2).contiguous()
+        data += [images.float().div_(255).sub_(0.5).div_(0.5).to(DEVICE), dataset.labels.to(DEVICE)]
+    images, labels, test_images, test_labels = data
     net = cifar.Net().to(DEVICE)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.001, momentum=0.9, fused=True)
     for _ in range(3):
         for index in torch.randperm(len(labels), device=DEVICE).split(32):
             optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(net(images[index]), labels[index])
-            loss.backward()
+            nn.functional.cross_entropy(net(images[index]), labels[index]).backward()
             optimizer.step()
         with torch.no_grad():  # 250: the fastest, as for cifar.test()
             outputs = torch.cat([net(batch) for batch in test_images.split(250)])
         print((outputs.argmax(1) == test_labels).float().mean().item())
 
-
-def bare_tensors(train: bool) -> tuple[Tensor, Tensor]:
-    """Return all images as normalized floats, and their labels."""
-    dataset = read_or_generate(cifar.DATA_ROOT, train)
-    images = dataset.images.permute(0, 3, 1, 2).contiguous()
-    return images.float().div_(255).sub_(0.5).div_(0.5).to(DEVICE), dataset.labels.to(DEVICE)
-
-
-functions: list[Callable] = [our_script, plain_server, plain_client, light_clients]
-functions += [large, bare_pytorch]
-FUNCTIONS = {function.__name__: function for function in functions}
 
 # Starting and measuring
 
@@ -168,7 +130,6 @@ class Process(Script):
         self.memory = 0
         env = {"FLWR_TELEMETRY_ENABLED": "0", "no_grpc_proxy": "127.0.0.1", **env}
         super().__init__([__file__, function.__name__, *arguments], Path.cwd(), **env)
-        atexit.register(self.kill)  # also if another process fails
         threading.Thread(target=self.watch, daemon=True).start()
 
     def watch(self) -> None:
@@ -211,7 +172,7 @@ def show(what: str, figures: Figures, unit: str = "s", scale: float = 1) -> None
 
 def bench_batch(repetitions: int) -> None:
     """Time the delivery of batches."""
-    loaders = {"ours": our_trainloader(), "the plain pipeline": plain_loader(train=True)}
+    loaders = {"ours": cifar.load_data()[0], "the plain pipeline": plain_loader(train=True)}
     times = Figures(list)
     for _ in range(repetitions):
         for name, loader in loaders.items():
@@ -225,7 +186,7 @@ def bench_batch(repetitions: int) -> None:
 
 def bench_train(repetitions: int) -> None:
     """Time an epoch of train(), of a bare loop over floats in memory, and of the pipeline."""
-    trainloader, plainloader = our_trainloader(), plain_loader(train=True)
+    trainloader, plainloader = cifar.load_data()[0], plain_loader(train=True)
     floats: Any = [(images.contiguous().to(DEVICE), y.to(DEVICE)) for images, y in trainloader]
     times = Figures(list)
     for _ in range(repetitions):
@@ -238,31 +199,30 @@ def bench_train(repetitions: int) -> None:
     show("an epoch of train(), 1 thread", times)
 
 
-def federate(plain: bool = False, **env: str) -> float:
-    """Run a server and two clients, on all images each; return a client's peak memory."""
+def federate(plain: bool = False, **env: str) -> None:
+    """Run a server and two clients, on all images each."""
     address = free_address()
     if plain:
         server = Process(plain_server, address, 3, **env)
+        server.until("gRPC server running")  # a plain client does not wait for it
         clients = [Process(plain_client, address, **env) for _ in range(2)]
     else:
         server = Process(our_script, "server", address)
         clients = [Process(our_script, "client", address) for _ in range(2)]
     finish(*clients, server)
-    return max(client.memory for client in clients)
 
 
 def bench_federation(repetitions: int) -> None:
     """Time whole federations of two clients and 3 rounds, as processes."""
-    times, sizes = Figures(list), Figures(list)
+    times = Figures(list)
     for _ in range(repetitions):
         with timed(times["ours"]):
-            sizes["ours"].append(federate())
+            federate()
         with timed(times["plain, OMP_NUM_THREADS=1"]):
-            sizes["plain, OMP_NUM_THREADS=1"].append(federate(plain=True, OMP_NUM_THREADS="1"))
+            federate(plain=True, OMP_NUM_THREADS="1")
         with timed(times["plain"]):  # it takes minutes
             federate(plain=True)
     show("2 clients, 3 rounds", times)
-    show("a client's peak memory", sizes, "MB", 1e-6)
 
 
 def bench_bare(repetitions: int) -> None:
@@ -285,13 +245,13 @@ def bench_memory(repetitions: int) -> None:
         plain = ("plain_server", address, 2)
         for name, command in {"ours": ours, "Flower's own": plain}.items():
             server = Process(large, *command)
-            finish(Process(light_clients, address, 2), server)
+            server.until("gRPC server running")
+            finish(*[Process(light_client, address) for _ in range(2)], server)
             sizes[name].append(server.memory)
     show("server's memory, model of 200 MB", sizes, "GB", 1e-9)
 
 
-rows = [bench_batch, bench_train, bench_federation, bench_bare, bench_memory]
-ROWS = {function.__name__.removeprefix("bench_"): function for function in rows}
+ROWS = ["batch", "train", "federation", "bare", "memory"]
 
 
 def main() -> None:
@@ -304,11 +264,11 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for row in args.rows or ROWS:
-            ROWS[row](args.repetitions)
+            globals()[f"bench_{row}"](args.repetitions)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] and sys.argv[1] in FUNCTIONS:
-        FUNCTIONS[sys.argv[1]](*sys.argv[2:])
+    if sys.argv[1:] and sys.argv[1] in globals():
+        globals()[sys.argv[1]](*sys.argv[2:])
     else:
         main()

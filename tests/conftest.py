@@ -1,7 +1,6 @@
 """Fixtures of several test files: ports, and scripts as processes."""
 
 import os
-from pathlib import Path
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"  # before Flower is imported
 
@@ -20,15 +19,11 @@ def address() -> str:
 
 @pytest.fixture
 def start(tmp_path):
-    """Start scripts in an empty folder, as in start("server.py", "--rounds", 2).
-
-    A script of that name in the folder, such as one with an example applied, comes first.
-    """
+    """Start scripts in an empty folder: a changed one that is there, or else the project's."""
     scripts = []
 
-    def start_script(name: str | Path, *arguments: object, **env: str) -> Script:
-        path = tmp_path / name
-        path = path if path.exists() else ROOT / name
+    def start_script(name, *arguments, **env):
+        path = tmp_path / name if (tmp_path / name).exists() else ROOT / name
         scripts.append(Script([path, *arguments], tmp_path, **env))
         return scripts[-1]
 

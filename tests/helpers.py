@@ -1,5 +1,6 @@
 """Helpers of the tests and the benchmark: scripts as processes, the tutorial's training."""
 
+import contextlib
 import json
 import os
 import re
@@ -19,17 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
+from torchvision import transforms  # type: ignore[import-untyped]
 
 import cifar
 
 
 def free_ports(count: int) -> list[str]:
     """Return free ports."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [str(each.getsockname()[1]) for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    with contextlib.ExitStack() as stack:
+        sockets = [
+            stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)
+        ]
+        return [str(each.getsockname()[1]) for each in sockets]
 
 
 def history(model: Path) -> list[dict[str, Any]]:
@@ -47,6 +49,7 @@ class Script:
 
     def __init__(self, command: Iterable[object], cwd: Path, **env: str) -> None:
         self.output = ""
+        self.ended = False
         self.more = threading.Condition()
         self.process = subprocess.Popen(
             [sys.executable, *map(str, command)],
@@ -68,18 +71,13 @@ class Script:
                 self.output += re.sub(r"\x1b\[\d+m", "", line)
                 self.more.notify_all()
         with self.more:
+            self.ended = True
             self.more.notify_all()
 
     def until(self, text: str, count: int = 1, timeout: float = 120) -> None:
         """Wait until the script has printed a text, `count` times."""
-
-        def seen_or_ended() -> bool:
-            return self.output.count(text) >= count or not self.reader.is_alive()
-
         with self.more:
-            while not self.more.wait_for(seen_or_ended, 0.5):
-                timeout -= 0.5
-                assert timeout > 0, f"no {text!r} in:\n{self.output}"
+            self.more.wait_for(lambda: self.output.count(text) >= count or self.ended, timeout)
         assert self.output.count(text) >= count, f"no {text!r} in:\n{self.output}"
 
     def end(self, timeout: float = 120) -> int:
@@ -92,9 +90,6 @@ class Script:
         """Kill the script, as kill -9 does."""
         self.process.kill()
         self.end()
-
-
-# The tutorial's training
 
 
 class PlainNet(cifar.Net):
@@ -113,13 +108,11 @@ class PlainImages(torch.utils.data.Dataset):
     """Images that are decoded and normalized one by one, as the tutorial's are."""
 
     def __init__(self, images: cifar.Images) -> None:
-        from torchvision import transforms  # type: ignore[import-untyped]
-
         self.images = np.ascontiguousarray(images.images.numpy())
         self.labels = images.labels.tolist()
         normalize = transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-        to_image = transforms.ToPILImage()
-        self.transform = transforms.Compose([to_image, transforms.ToTensor(), normalize])
+        steps = [transforms.ToPILImage(), transforms.ToTensor(), normalize]
+        self.transform = transforms.Compose(steps)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -20,9 +20,6 @@ def few_images(monkeypatch):
     monkeypatch.setattr(cifar, "read_images", lambda _, train: cifar.synthesize(sizes[train], 3))
 
 
-# The tutorial's numbers
-
-
 def test_model_and_its_outputs_are_the_tutorials():
     net, plain, images = cifar.Net(), PlainNet(), torch.randn(4, 3, 32, 32)
     assert sum(value.numel() for value in net.parameters()) == 62_006
@@ -72,9 +69,6 @@ def test_test_returns_the_mean_loss_and_the_accuracy():
     by_hand = [np.log(1 + np.exp(-2)), np.log(2), np.log(1 + np.exp(2))]
     assert loss == pytest.approx(np.mean(by_hand), rel=1e-6)
     assert accuracy == 2 / 3
-
-
-# Images and partitions
 
 
 def test_generated_images_are_the_same_on_every_machine():
@@ -174,9 +168,6 @@ def test_two_clients_on_an_empty_folder_download_once(start, tmp_path):
     assert (scripts[0].output + scripts[1].output).count("downloading") == 1
 
 
-# Parameters and saved models
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_parameters_of_any_type_travel_as_float32(dtype):
     """Also one without dimensions; an integer, BatchNorm's count of batches, does not travel."""
@@ -199,20 +190,16 @@ def test_get_parameters_returns_copies():
 
 def test_cifar_saves_a_model_and_evaluates_it(start):
     trained = start("cifar.py", "--synthetic", "--epochs", 1, "--model", "new/model.pt")
-    assert trained.end() == 0, trained.output
+    assert trained.end() == 0 and "Start training" in trained.output, trained.output
     evaluated = start("cifar.py", "--synthetic", "--evaluate", "new/model.pt")
-    assert evaluated.end() == 0, evaluated.output
-    assert "Start training" in trained.output and "Start training" not in evaluated.output
+    assert evaluated.end() == 0 and "Start training" not in evaluated.output, evaluated.output
     results = [each.output.partition("Evaluate model")[2] for each in (trained, evaluated)]
     assert results[0] == results[1] and "Accuracy: " in results[0]
 
 
-def test_model_of_another_class_is_pytorchs_own_message(tmp_path):
+def test_expected_errors_are_one_line_with_pytorchs_or_torchvisions_own_message(tmp_path):
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "other.pt")
     with pytest.raises(SystemExit, match='Missing key.* in state_dict: "conv1.weight"'):
         cifar.load_model(tmp_path / "other.pt")
-
-
-def test_folder_that_cannot_be_used_is_one_line():
     with pytest.raises(SystemExit, match=r"^Cannot download CIFAR-10 \(.*--synthetic$"):
         cifar.read_images(str(ROOT / "README.md"), train=True)

@@ -5,16 +5,13 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from flwr.common import parameters_to_ndarrays
 from flwr.server.superlink.fleet.grpc_bidi.grpc_bridge import GrpcBridgeClosed
 from helpers import ROOT, free_ports, history
 from PIL import Image
@@ -29,43 +26,22 @@ SCRIPTS = ["cifar.py", "client.py", "server.py"]
 
 @pytest.fixture
 def apply(tmp_path):
-    """Copy the scripts, and apply an example; return one of them as a module, if asked."""
+    """Copy the scripts, and apply an example; return one of them as a module."""
 
-    def apply_one(name, script=""):
+    def apply_one(name, script="cifar"):
+        diff = EXAMPLES / f"{name}.diff"
         for each in SCRIPTS:
             shutil.copy(ROOT / each, tmp_path)
-        subprocess.run(["git", "apply", EXAMPLES / f"{name}.diff"], cwd=tmp_path, check=True)
-        if not script:
-            return None
+        for options in ([], ["-R"], []):
+            subprocess.run(["git", "apply", *options, diff], cwd=tmp_path, check=True)
+            now = [(tmp_path / each).read_bytes() for each in SCRIPTS]
+            assert (now == [(ROOT / each).read_bytes() for each in SCRIPTS]) == (options == ["-R"])
         spec = importlib.util.spec_from_file_location(script, tmp_path / f"{script}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
 
     return apply_one
-
-
-@pytest.mark.parametrize("diff", sorted(EXAMPLES.glob("*.diff")), ids=lambda path: path.stem)
-def test_example_is_short_says_what_it_is_and_can_be_undone(apply, tmp_path, diff):
-    text = diff.read_text(encoding="utf-8")
-    assert text.startswith("# ")
-    assert len(re.findall(r"^[+-](?![+-]{2} )", text, re.MULTILINE)) <= 40
-    apply(diff.stem)
-    subprocess.run(["git", "apply", "-R", diff], cwd=tmp_path, check=True)
-    for script in SCRIPTS:
-        assert (tmp_path / script).read_bytes() == (ROOT / script).read_bytes()
-
-
-# Strategies: two rounds and a third after --resume, with clients in this process
-
-
-class Trained(Client):
-    """A client that keeps what it gets: config and parameters."""
-
-    def fit(self, ins, timeout, group_id):
-        self.configs = [*getattr(self, "configs", []), ins.config]
-        self.given = [*getattr(self, "given", []), parameters_to_ndarrays(ins.parameters)]
-        return super().fit(ins, timeout, group_id)
 
 
 @pytest.fixture
@@ -87,7 +63,7 @@ def test_sampling(run, caplog):
 
 
 def test_schedule(run):
-    client = Trained()
+    client = Client()
     run("schedule", client)
     rates = [config["lr"] for config in client.configs]
     assert rates == pytest.approx([0.001, 0.0009, 0.00081])
@@ -95,7 +71,7 @@ def test_schedule(run):
 
 def test_fedavgm(run):
     """The second step is 0.9 times the first, beyond what the clients send."""
-    client = Trained(fit_res(weights(1)))
+    client = Client(fit_res(weights(1)))
     run("fedavgm", client)
     start, _, second = client.given
     assert_close(second, [b - 0.9 * (a - b) for a, b in zip(start, weights(1))])
@@ -103,7 +79,7 @@ def test_fedavgm(run):
 
 def test_fedadam(run):
     """The first step of Adam is equally long for every weight."""
-    client = Trained(fit_res(weights(1)))
+    client = Client(fit_res(weights(1)))
     run("fedadam", client)
     steps = [np.abs(a - b).flatten() for a, b in zip(*client.given[:2])]
     assert 0.01 < np.median(np.concatenate(steps)) <= 0.02
@@ -117,13 +93,13 @@ def test_differential_privacy(run, caplog, tmp_path):
         client.update = fit_res(weights(2))
         return GrpcBridgeClosed()
 
-    client = Trained(fit_res([100 * array for array in weights(1)]))
+    client = Client(fit_res([100 * array for array in weights(1)]))
     run("differential_privacy", client, Client(leave_once))
     start, again, first = client.given[:3]
     assert_close(start, again)
     distance = np.sqrt(sum(np.square(a - b).sum() for a, b in zip(first, start)))
     assert 1.2 < distance < 1.7, "clipped to 1; noise of 0.005 for each of 62,006 weights is 1.2"
-    assert "Round 1 failed (no aggregate), repeating it" in caplog.text
+    assert "Round 1 failed (no aggregate)" in caplog.text
     assert [record["clients"] for record in history(tmp_path / "model.pt")] == [2, 2, 2]
 
 
@@ -147,15 +123,9 @@ def test_early_stopping(apply, make, tmp_path):
     assert len(history(tmp_path / "model.pt")) == 5
 
 
-# Data and models: two rounds, with clients as processes
-
-
 @pytest.fixture
 def federate(apply, start, address, tmp_path):
-    """Run an example for two rounds, with a client for each list of arguments.
-
-    Returns the saved state_dict.
-    """
+    """Run an example for two rounds, with these clients; return the saved state_dict."""
 
     def run_processes(name, *clients):
         apply(name)
@@ -218,20 +188,8 @@ def test_augmentation(federate, apply):
     assert torch.equal(testset[[0]][0], testset[[0]][0])
 
 
-def test_mnist(federate, apply, monkeypatch):
+def test_mnist(federate):
     assert federate("mnist", FEW)["conv1.weight"].shape == (6, 1, 5, 5)
-
-    class MNIST:
-        def __init__(self, root, train):
-            self.data = (
-                torch.arange(255, dtype=torch.uint8).repeat(28 * 28, 1).T.reshape(-1, 28, 28)
-            )
-            self.targets = torch.arange(255) % 10
-
-    monkeypatch.setattr("torchvision.datasets.MNIST", MNIST)
-    images, labels = apply("mnist", "cifar").load_data()[1].dataset[[7, 254]]
-    assert images.shape == (2, 1, 28, 28) and labels.tolist() == [7, 4]
-    assert images[:, 0, 0, 0].tolist() == pytest.approx([2 * 7 / 255 - 1, 2 * 254 / 255 - 1])
 
 
 def test_folders(federate, tmp_path):
@@ -246,9 +204,6 @@ def test_folders(federate, tmp_path):
     assert state["fc3.weight"].shape == (3, 84)
 
 
-# Pictures, and Flower's engine
-
-
 def test_pictures(start, tmp_path):
     torch.save(cifar.Net().state_dict(), tmp_path / "global_model.pt")
     records = [{"round": 1, "accuracy": 0.1}, {"round": 2, "accuracy": 0.3}]
@@ -260,62 +215,27 @@ def test_pictures(start, tmp_path):
             assert len(image.convert("RGB").getcolors(1_000_000)) > 20
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="signals")
-def test_engine(tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="paths of the commands")
+def test_engine(start, tmp_path):
     """A SuperLink, two SuperNodes and `flwr run`, as in the README, on free ports."""
     for path in (*(ROOT / each for each in SCRIPTS), EXAMPLES / "pyproject.toml"):
         shutil.copy(path, tmp_path)
-    link, first, second = free_ports(3)
+    link, *ports = free_ports(3)
     config = (EXAMPLES / "config.toml").read_text().replace("8000", link)
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "config.toml").write_text(config)
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "FLWR_HOME": str(tmp_path / "home"), "PYTHONUNBUFFERED": "1"}
-    node = f"flower-supernode --insecure --superlink 127.0.0.1:{link}"
-    started = []
-    watchdog = threading.Timer(120, lambda: [os.killpg(each.pid, 9) for each in started])
-    watchdog.start()
-    try:
-        for command, text in (
-            (f"flower-superlink --insecure --port {link}".split(), "running on http"),
-            (
-                [
-                    *f"{node} --port {first}".split(),
-                    "--node-config",
-                    "partition-id=0 num-partitions=2",
-                ],
-                "SuperNode ID",
-            ),
-            (
-                [
-                    *f"{node} --port {second}".split(),
-                    "--node-config",
-                    "partition-id=1 num-partitions=2",
-                ],
-                "SuperNode ID",
-            ),
-            (
-                ["flwr", "run", ".", "local", "--stream", "--run-config", "rounds=1"],
-                "Run finished 1 round(s)",
-            ),
-        ):
-            process = subprocess.Popen(
-                command,
-                cwd=tmp_path,
-                env=env,
-                encoding="utf-8",
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            started.append(process)
-            assert any(text in line for line in process.stdout), command
-            threading.Thread(target=process.stdout.read, daemon=True).start()
-    finally:
-        watchdog.cancel()
-        for process in started:
-            os.killpg(process.pid, signal.SIGTERM)
-        for process in started:
-            process.wait(30)
+    (tmp_path / "config.toml").write_text(config)
+    folder = Path(sys.executable).parent
+    env = {"PATH": f"{folder}:{os.environ['PATH']}", "FLWR_HOME": str(tmp_path)}
+    scripts = [start(folder / "flower-superlink", "--insecure", "--port", link, **env)]
+    scripts[0].until("running on http")
+    for number, port in enumerate(ports):
+        node = ["--superlink", f"127.0.0.1:{link}", "--port", port, "--node-config"]
+        partition = f"partition-id={number} num-partitions=2"
+        scripts.append(start(folder / "flower-supernode", "--insecure", *node, partition, **env))
+        scripts[-1].until("SuperNode ID")
+    run = start(folder / "flwr", "run", ".", "local", "--stream", "--run-config", "rounds=1", **env)
+    run.until("Run finished 1 round(s)")
+    for script in scripts:
+        script.process.terminate()
+        script.end()
     (record,) = history(tmp_path / "global_model.pt")
     assert record["clients"] == 2 and record["accuracy"] >= 0
