@@ -3,8 +3,7 @@
     python3 tests/benchmark.py                # all rows, about half an hour
     python3 tests/benchmark.py batch train    # only these rows
 
-The plain pipeline decodes and normalizes one image at a time. What is compared takes turns; figures
-are medians, ratios medians over the pairs.
+What is compared takes turns; figures are medians, ratios medians over the pairs.
 """
 
 import argparse
@@ -37,9 +36,6 @@ Figures = defaultdict[str, list[float]]
 def plain_loader(train: bool) -> DataLoader:
     """Return the plain pipeline's loader of all training or test images."""
     return DataLoader(PlainImages(cifar.read_images(cifar.DATA_ROOT, train)), 32, shuffle=train)
-
-
-# Functions that run as processes: python3 tests/benchmark.py NAME ARGUMENTS
 
 
 def our_script(name: str, address: str, *arguments: str) -> None:
@@ -120,9 +116,6 @@ def bare_pytorch() -> None:
         print((outputs.argmax(1) == test_labels).float().mean().item())
 
 
-# Starting and measuring
-
-
 class Process(Script):
     """One of the functions above as a process, with its peak memory in bytes (Linux only)."""
 
@@ -165,9 +158,6 @@ def show(what: str, figures: Figures, unit: str = "s", scale: float = 1) -> None
         line = f"{' against '.join(medians)} of {name}"
         print(f"{what:<34} {line:<60} {ratio:6.2f} times", flush=True)
         what = ""
-
-
-# The rows
 
 
 def bench_batch(repetitions: int) -> None:

@@ -13,7 +13,6 @@ torch.set_num_threads(1)  # leave the other cores to the scripts
 
 @pytest.fixture
 def address() -> str:
-    """Return HOST:PORT with a free port."""
     return free_address()
 
 

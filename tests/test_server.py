@@ -232,7 +232,6 @@ def test_lost_clients_never_end_the_run(make, caplog, tmp_path):
     ]
     made.fit(1, None)
     assert caplog.text.count("1 of 1 clients lost") == 5
-    assert "A client failed: GrpcBridgeClosed()" in caplog.text
     assert history(tmp_path / "model.pt")[0]["clients"] == 1
 
 

@@ -1,7 +1,4 @@
-"""Draw the accuracy of each round: global_model.json becomes accuracy.png.
-
-python3 tests/examples/plot.py
-"""
+"""Draw the accuracy of each round: global_model.json becomes accuracy.png."""
 
 import json
 from pathlib import Path

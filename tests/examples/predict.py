@@ -1,8 +1,4 @@
-"""Draw ten test images with their classes and the model's predictions, as predictions.png.
-
-python3 tests/examples/predict.py                # of CIFAR-10
-python3 tests/examples/predict.py --synthetic    # generated images, whose classes are numbers
-"""
+"""Draw ten test images and predictions, of CIFAR-10 or --synthetic ones, as predictions.png."""
 
 import sys
 from pathlib import Path
