@@ -45,7 +45,6 @@ def our_script(name: str, address: str, *arguments: str) -> None:
 
 
 def plain_server(address: str, rounds: str) -> None:
-    """Run Flower's own server."""
     import flwr
 
     parameters = flwr.common.ndarrays_to_parameters(cifar.get_parameters(cifar.Net()))
@@ -76,7 +75,6 @@ def plain_client(address: str) -> None:
 
 
 def light_client(address: str) -> None:
-    """Run a client that learns nothing."""
     import flwr
 
     class LightClient(flwr.client.NumPyClient):
@@ -167,7 +165,6 @@ def bench_batch(repetitions: int) -> None:
     for _ in range(repetitions):
         for name, loader in loaders.items():
             batches = iter(loader)
-            next(batches)  # shuffles
             with timed(times[name]):
                 for _ in range(300):
                     next(batches)

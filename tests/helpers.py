@@ -40,7 +40,6 @@ def history(model: Path) -> list[dict[str, Any]]:
 
 
 def free_address() -> str:
-    """Return HOST:PORT with a free port."""
     return f"127.0.0.1:{free_ports(1)[0]}"
 
 
@@ -87,7 +86,6 @@ class Script:
         return code
 
     def kill(self) -> None:
-        """Kill the script, as kill -9 does."""
         self.process.kill()
         self.end()
 

@@ -124,24 +124,30 @@ def test_early_stopping(apply, make, tmp_path):
 
 
 @pytest.fixture
-def federate(apply, start, address, tmp_path):
+def federate(apply, monkeypatch, tmp_path):
     """Run an example for two rounds, with these clients; return the saved state_dict."""
 
-    def run_processes(name, *clients):
-        apply(name)
-        common = ["--server-address", address]
-        number = ["--min-clients", len(clients), "--rounds", 2]
-        scripts = [start("server.py", *common, *number)]
-        scripts += [start("client.py", *common, *arguments) for arguments in clients]
-        for script in scripts:
-            assert script.end() == 0, script.output
-        assert len(history(tmp_path / "global_model.pt")) == 2
-        return torch.load(tmp_path / "global_model.pt", weights_only=True)
+    def run_scripts(name, *clients):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setitem(sys.modules, "cifar", apply(name))
+        client, server = apply(name, "client"), apply(name, "server")
+        args = server.make_parser().parse_args(["--min-clients", str(len(clients))])
+        made = server.CifarServer(args, in_engine=True)
+        for cid, arguments in enumerate(clients):
+            own = client.make_client(client.make_parser().parse_args(arguments)).to_client()
+            proxy = Client()
+            proxy.cid = str(cid)
+            proxy.fit = lambda ins, own=own, **options: own.fit(ins)
+            proxy.evaluate = lambda ins, own=own, **options: own.evaluate(ins)
+            made.clients.register(proxy)
+        made.fit(2, None)
+        assert [record["clients"] for record in made.history] == [len(clients)] * 2
+        return torch.load("global_model.pt", weights_only=True)
 
-    return run_processes
+    return run_scripts
 
 
-FEW = ["--synthetic", "--num-partitions", 100]
+FEW = ["--synthetic", "--num-partitions", "100"]
 
 
 def test_batchnorm(federate):
@@ -200,7 +206,7 @@ def test_folders(federate, tmp_path):
             folder.mkdir(parents=True)
             for number in range(10):
                 Image.new("RGB", (40 + number, 30), (80 * i, 0, 0)).save(folder / f"{number}.png")
-    state = federate("folders", *(["--data-root", tmp_path / each] for each in ("one", "two")))
+    state = federate("folders", *(["--data-root", str(tmp_path / each)] for each in ("one", "two")))
     assert state["fc3.weight"].shape == (3, 84)
 
 
