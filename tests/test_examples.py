@@ -224,8 +224,8 @@ def test_pictures(start, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="paths of the commands")
 def test_engine(start, tmp_path):
     """A SuperLink, two SuperNodes and `flwr run`, as in the README, on free ports."""
-    for path in (*(ROOT / each for each in SCRIPTS), EXAMPLES / "pyproject.toml"):
-        shutil.copy(path, tmp_path)
+    for path in (*(ROOT / each for each in [*SCRIPTS, ".gitignore"]), EXAMPLES / "pyproject.toml"):
+        shutil.copy(path, tmp_path)  # `flwr run` leaves out what .gitignore names
     link, *ports = free_ports(3)
     config = (EXAMPLES / "config.toml").read_text().replace("8000", link)
     (tmp_path / "config.toml").write_text(config)
