@@ -3,10 +3,8 @@
 python3 client.py --partition-id 0 --num-partitions 2    # the first of two partitions
 """
 
-import functools
 import os
 import platform
-import signal
 import sys
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
@@ -14,21 +12,21 @@ from pathlib import Path
 
 # Flower and gRPC read these when they are imported.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # or a DataLoader's workers crash
-# No proxy for this machine. gRPC reads no_proxy only where no_grpc_proxy is not set.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # or DataLoader workers crash
+# Never a proxy for this machine. If no_grpc_proxy is set, gRPC does not read no_proxy.
 no_proxy = "127.0.0.1,localhost,::1," + os.environ.get("no_proxy", "")
 os.environ.setdefault("no_grpc_proxy", no_proxy)
 
 import flwr as fl
 import grpc
 import torch
-from flwr.common import Metrics, NDArrays
+from flwr.common import Config, Metrics, NDArrays
 from flwr.common.logger import FLOWER_LOGGER
+from torch import nn
 from torch.utils.data import DataLoader
 
 import cifar
 
-NAME = f"{platform.node()}-{os.getpid()}"  # for the server's log
 FLOWER_LOGGER.addFilter(lambda record: not str(record.msg).startswith("DEPRECATED FEATURE"))
 
 
@@ -36,34 +34,29 @@ class CifarClient(fl.client.NumPyClient):
     """Flower client implementing CIFAR-10 image classification using PyTorch."""
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        trainloader: DataLoader,
-        testloader: DataLoader,
-        num_examples: dict[str, int],
+        self, model: nn.Module, trainloader: DataLoader, testloader: DataLoader, num_examples: dict
     ) -> None:
         self.model = model
         self.trainloader = trainloader
         self.testloader = testloader
         self.num_examples = num_examples
+        self.name = f"{platform.node()}-{os.getpid()}"  # for the server's log
 
-    def get_parameters(self, config: Metrics) -> NDArrays:
-        """Return the model's parameters as a list of NumPy arrays."""
+    def get_parameters(self, config: Config) -> NDArrays:
         return cifar.get_parameters(self.model)
 
     def set_parameters(self, parameters: NDArrays) -> None:
-        """Set the model's parameters from a list of NumPy arrays."""
         cifar.set_parameters(self.model, parameters)
 
-    def fit(self, parameters: NDArrays, config: Metrics) -> tuple[NDArrays, int, Metrics]:
+    def fit(self, parameters: NDArrays, config: Config) -> tuple[NDArrays, int, Metrics]:
         """Train the given parameters with the server's settings; return the new ones."""
         self.set_parameters(parameters)
         epochs = int(config.get("local_epochs", 1))
         lr = float(config.get("lr", cifar.LEARNING_RATE))
         cifar.train(self.model, self.trainloader, epochs, cifar.DEVICE, lr)
-        return self.get_parameters({}), self.num_examples["trainset"], {"client": NAME}
+        return self.get_parameters({}), self.num_examples["trainset"], {"client": self.name}
 
-    def evaluate(self, parameters: NDArrays, config: Metrics) -> tuple[float, int, Metrics]:
+    def evaluate(self, parameters: NDArrays, config: Config) -> tuple[float, int, Metrics]:
         """Evaluate the given parameters on the local test images."""
         self.set_parameters(parameters)
         loss, accuracy = cifar.test(self.model, self.testloader, cifar.DEVICE)
@@ -72,10 +65,9 @@ class CifarClient(fl.client.NumPyClient):
 
 
 def make_parser() -> ArgumentParser:
-    """Return the flags of client.py."""
     parser = ArgumentParser(formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--server-address", default="127.0.0.1:8080", help="address of the server")
+    add("--server-address", default="127.0.0.1:8080", help="HOST:PORT of the server")
     add("--wait", type=float, default=60, help="seconds to wait for the server")
     cifar.add_flags(parser)
     add("--partition-id", type=int, default=0, help="this client's partition, from 0")
@@ -91,32 +83,12 @@ def make_client(args: Namespace) -> CifarClient:
     if args.seed is not None:
         torch.manual_seed(args.seed)
     model = cifar.Net().to(cifar.DEVICE)
-    partition = (args.partition_id, args.num_partitions, args.alpha)
-    trainloader, testloader, num_examples = cifar.load_data(
-        args.batch_size, args.data_root, args.synthetic, *partition
-    )
-    return CifarClient(model, trainloader, testloader, num_examples)
-
-
-@functools.cache  # the engine asks for the client at every message
-def make_client_once(config: frozenset) -> CifarClient:
-    """Return the client for a config of the engine, which holds flags under their names."""
-    parser = make_parser()
-    parser.set_defaults(**{k.replace("-", "_"): v for k, v in config if v is not False})
-    return make_client(parser.parse_args([]))
-
-
-def client_fn(context: fl.common.Context) -> fl.client.Client:
-    """Return the client for Flower's engine, from the run config and the node config."""
-    config = {**context.run_config, **context.node_config}
-    return make_client_once(frozenset(config.items())).to_client()
-
-
-app = fl.client.ClientApp(client_fn=client_fn)
+    images = args.data_root, args.synthetic, args.partition_id, args.num_partitions, args.alpha
+    return CifarClient(model, *cifar.load_data(args.batch_size, *images))
 
 
 def wait_for_server(args: Namespace, certificates: bytes | None) -> None:
-    """Return once the server can be reached; exit if it cannot within --wait."""
+    """Wait for the server, which start_client() does not, despite its max_wait_time."""
     print(f"Waiting up to {args.wait:g} s for the server at {args.server_address}")
     options = [("grpc.max_reconnect_backoff_ms", 1000)]
     if certificates is None:
@@ -137,7 +109,6 @@ def wait_for_server(args: Namespace, certificates: bytes | None) -> None:
 
 def main() -> None:
     """Load data, start CifarClient; reconnect if the connection is lost."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: at once, without a traceback
     parser = make_parser()
     args = parser.parse_args()
     if not 0 <= args.partition_id < args.num_partitions:
@@ -148,18 +119,18 @@ def main() -> None:
     except OSError as error:
         parser.error(f"--root-certificates: {error}")
     # Load model and data
-    print(f"Client {NAME}")
-    client = make_client(args).to_client()
+    client = make_client(args)
+    print(f"Client {client.name}")
     # Start client
     while True:
         wait_for_server(args, certificates)
         try:
             fl.client.start_client(
                 server_address=args.server_address,
-                client=client,
+                client=client.to_client(),
                 root_certificates=certificates,
             )
-            break
+            return
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                 sys.exit(f"The gRPC server at {args.server_address} is not server.py.")
@@ -168,4 +139,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # Ctrl-C
+        sys.exit(130)

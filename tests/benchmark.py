@@ -1,7 +1,7 @@
 """Measure this project against the tutorial's plain pipeline, and against bare PyTorch.
 
-    python3 tests/benchmark.py                # all rows, about half an hour
-    python3 tests/benchmark.py batch train    # only these rows
+    python3 tests/benchmark.py               # all rows, about half an hour
+    python3 tests/benchmark.py train bare    # only these rows
 
 What is compared takes turns; figures are medians, ratios medians over the pairs.
 """
@@ -10,15 +10,12 @@ import argparse
 import contextlib
 import importlib
 import os
-import re
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,40 +54,13 @@ def plain_client(address: str) -> None:
     """Run a client with the plain pipeline."""
     import flwr
 
-    net = PlainNet().to(DEVICE)
-    trainloader, testloader = plain_loader(train=True), plain_loader(train=False)
+    from client import CifarClient
 
-    class PlainClient(flwr.client.NumPyClient):
-        def fit(self, parameters, config):
-            cifar.set_parameters(net, parameters)
-            plain_train(net, trainloader, device=DEVICE)
-            return cifar.get_parameters(net), 50_000, {}
-
-        def evaluate(self, parameters, config):
-            cifar.set_parameters(net, parameters)
-            loss, accuracy = cifar.test(net, testloader, DEVICE)
-            return loss, 10_000, {"accuracy": accuracy}
-
-    flwr.client.start_client(server_address=address, client=PlainClient().to_client())
-
-
-def light_client(address: str) -> None:
-    import flwr
-
-    class LightClient(flwr.client.NumPyClient):
-        def fit(self, parameters, config):
-            return parameters, 1, {}
-
-        def evaluate(self, parameters, config):
-            return 1.0, 1, {}
-
-    flwr.client.start_client(server_address=address, client=LightClient().to_client())
-
-
-def large(function: str, *arguments: str) -> None:
-    """Run one of these functions with a model of 50 million weights, or 200 MB."""
-    cifar.Net = partial(nn.Linear, 7071, 7071)  # type: ignore[assignment, misc]
-    globals()[function](*arguments)
+    cifar.train = lambda net, loader, *_: plain_train(net, loader, device=DEVICE)  # type: ignore
+    loaders = plain_loader(train=True), plain_loader(train=False)
+    sizes = {"trainset": 50_000, "testset": 10_000}
+    client = CifarClient(PlainNet().to(DEVICE), *loaders, sizes)
+    flwr.client.start_client(server_address=address, client=client.to_client())
 
 
 def bare_pytorch() -> None:
@@ -98,12 +68,11 @@ def bare_pytorch() -> None:
     torch.set_num_threads(1)
     data = []
     for train in (True, False):
-        dataset = cifar.read_images(cifar.DATA_ROOT, train)
-        images = dataset.images.permute(0, 3, 1, 2).contiguous()
-        data += [images.float().div_(255).sub_(0.5).div_(0.5).to(DEVICE), dataset.labels.to(DEVICE)]
+        images, labels = cifar.read_images(cifar.DATA_ROOT, train).tensors
+        data += [images.float().div_(255).sub_(0.5).div_(0.5).to(DEVICE), labels.to(DEVICE)]
     images, labels, test_images, test_labels = data
     net = cifar.Net().to(DEVICE)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.001, momentum=0.9, fused=True)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.001, momentum=0.9)
     for _ in range(3):
         for index in torch.randperm(len(labels), device=DEVICE).split(32):
             optimizer.zero_grad()
@@ -114,25 +83,13 @@ def bare_pytorch() -> None:
         print((outputs.argmax(1) == test_labels).float().mean().item())
 
 
-class Process(Script):
-    """One of the functions above as a process, with its peak memory in bytes (Linux only)."""
-
-    def __init__(self, function: Callable, *arguments: object, **env: str) -> None:
-        self.memory = 0
-        env = {"FLWR_TELEMETRY_ENABLED": "0", "no_grpc_proxy": "127.0.0.1", **env}
-        super().__init__([__file__, function.__name__, *arguments], Path.cwd(), **env)
-        threading.Thread(target=self.watch, daemon=True).start()
-
-    def watch(self) -> None:
-        """Read the peak memory until the process ends; in a thread."""
-        status = Path(f"/proc/{self.process.pid}/status")
-        with contextlib.suppress(OSError):
-            while found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8")):
-                self.memory = int(found[1]) * 1024
-                time.sleep(0.05)
+def start(function: Callable, *arguments: object, **env: str) -> Script:
+    """Start one of the functions above as a process."""
+    env = {"FLWR_TELEMETRY_ENABLED": "0", "no_grpc_proxy": "127.0.0.1", **env}
+    return Script([__file__, function.__name__, *arguments], Path.cwd(), **env)
 
 
-def finish(*processes: Process) -> None:
+def finish(*processes: Script) -> None:
     """Wait until the processes end; exit if one fails."""
     for process in processes:
         if process.end(timeout=7200):
@@ -158,23 +115,10 @@ def show(what: str, figures: Figures, unit: str = "s", scale: float = 1) -> None
         what = ""
 
 
-def bench_batch(repetitions: int) -> None:
-    """Time the delivery of batches."""
-    loaders = {"ours": cifar.load_data()[0], "the plain pipeline": plain_loader(train=True)}
-    times = Figures(list)
-    for _ in range(repetitions):
-        for name, loader in loaders.items():
-            batches = iter(loader)
-            with timed(times[name]):
-                for _ in range(300):
-                    next(batches)
-    show("delivering a batch of 32", times, "ms", 1000 / 300)
-
-
 def bench_train(repetitions: int) -> None:
     """Time an epoch of train(), of a bare loop over floats in memory, and of the pipeline."""
     trainloader, plainloader = cifar.load_data()[0], plain_loader(train=True)
-    floats: Any = [(images.contiguous().to(DEVICE), y.to(DEVICE)) for images, y in trainloader]
+    floats: Any = [(images.to(DEVICE), labels.to(DEVICE)) for images, labels in trainloader]
     times = Figures(list)
     for _ in range(repetitions):
         with timed(times["ours"]), contextlib.redirect_stdout(None):
@@ -190,12 +134,12 @@ def federate(plain: bool = False, **env: str) -> None:
     """Run a server and two clients, on all images each."""
     address = free_address()
     if plain:
-        server = Process(plain_server, address, 3, **env)
+        server = start(plain_server, address, 3, **env)
         server.until("gRPC server running")  # a plain client does not wait for it
-        clients = [Process(plain_client, address, **env) for _ in range(2)]
+        clients = [start(plain_client, address, **env) for _ in range(2)]
     else:
-        server = Process(our_script, "server", address)
-        clients = [Process(our_script, "client", address) for _ in range(2)]
+        server = start(our_script, "server", address)
+        clients = [start(our_script, "client", address) for _ in range(2)]
     finish(*clients, server)
 
 
@@ -217,28 +161,13 @@ def bench_bare(repetitions: int) -> None:
     times = Figures(list)
     for _ in range(repetitions):
         with timed(times["bare PyTorch"]):
-            finish(Process(bare_pytorch), Process(bare_pytorch))
+            finish(start(bare_pytorch), start(bare_pytorch))
         with timed(times["ours: 2 clients, 3 rounds"]):
             federate()
     show("2 bare PyTorch processes, 3 epochs", times)
 
 
-def bench_memory(repetitions: int) -> None:
-    """Compare the peak memory of two servers: a model of 200 MB, 2 clients, 2 rounds."""
-    sizes = Figures(list)
-    for _ in range(repetitions):
-        address = free_address()
-        ours = ("our_script", "server", address, "--rounds", 2)
-        plain = ("plain_server", address, 2)
-        for name, command in {"ours": ours, "Flower's own": plain}.items():
-            server = Process(large, *command)
-            server.until("gRPC server running")
-            finish(*[Process(light_client, address) for _ in range(2)], server)
-            sizes[name].append(server.memory)
-    show("server's memory, model of 200 MB", sizes, "GB", 1e-9)
-
-
-ROWS = ["batch", "train", "federation", "bare", "memory"]
+ROWS = ["train", "federation", "bare"]
 
 
 def main() -> None:

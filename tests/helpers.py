@@ -16,13 +16,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision import transforms  # type: ignore[import-untyped]
 
 import cifar
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="signals and 127.0.0.2")
 
 
 def free_ports(count: int) -> list[str]:
@@ -91,12 +94,12 @@ class Script:
 
 
 class PlainNet(cifar.Net):
-    """The tutorial's model, with ReLU before pooling: the same numbers."""
+    """The tutorial's model, as printed."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.pool(F.relu(self.conv1(x)))
         x = self.pool(F.relu(self.conv2(x)))
-        x = x.reshape(-1, 16 * 5 * 5)
+        x = x.view(-1, 16 * 5 * 5)
         x = F.relu(self.fc1(x))
         x = F.relu(self.fc2(x))
         return self.fc3(x)
@@ -105,9 +108,10 @@ class PlainNet(cifar.Net):
 class PlainImages(torch.utils.data.Dataset):
     """Images that are decoded and normalized one by one, as the tutorial's are."""
 
-    def __init__(self, images: cifar.Images) -> None:
-        self.images = np.ascontiguousarray(images.images.numpy())
-        self.labels = images.labels.tolist()
+    def __init__(self, dataset: TensorDataset) -> None:
+        images, labels = dataset.tensors
+        self.images = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
+        self.labels = labels.tolist()
         normalize = transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
         steps = [transforms.ToPILImage(), transforms.ToTensor(), normalize]
         self.transform = transforms.Compose(steps)

@@ -4,11 +4,16 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -20,8 +25,16 @@ from test_server import Client, arrays_in, assert_close, evaluate_res, fit_res, 
 import cifar
 
 assert make  # the fixture that makes a server with clients in this process
+matplotlib.use("Agg")
 EXAMPLES = ROOT / "tests" / "examples"
 SCRIPTS = ["cifar.py", "client.py", "server.py"]
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
@@ -36,24 +49,32 @@ def apply(tmp_path):
             subprocess.run(["git", "apply", *options, diff], cwd=tmp_path, check=True)
             now = [(tmp_path / each).read_bytes() for each in SCRIPTS]
             assert (now == [(ROOT / each).read_bytes() for each in SCRIPTS]) == (options == ["-R"])
-        spec = importlib.util.spec_from_file_location(script, tmp_path / f"{script}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+        return load(tmp_path / f"{script}.py")
 
     return apply_one
 
 
 @pytest.fixture
-def run(apply, make):
-    """Run the server of an example with these clients."""
+def run(apply, make, monkeypatch, tmp_path):
+    """Run an example for two rounds, and one after --resume; return the saved state_dict."""
 
-    def run_server(name, *clients):
-        module = apply(name, "server")
-        make(*clients, server=module).fit(2, None)
-        make(*clients, server=module, resume=True).fit(3, None)
+    def run_scripts(name, *clients):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setitem(sys.modules, "cifar", apply(name))
+        client, server = apply(name, "client"), apply(name, "server")
+        proxies = []
+        for each in clients:
+            if isinstance(each, list):  # flags of the example's own client
+                own = client.make_client(client.make_parser().parse_args(each)).to_client()
+                each = Client()
+                each.fit = lambda ins, own=own, **options: own.fit(ins)
+                each.evaluate = lambda ins, own=own, **options: own.evaluate(ins)
+            proxies.append(each)
+        make(*proxies, server=server).fit(2, None)
+        make(*proxies, server=server, resume=True).fit(3, None)
+        return torch.load("model.pt", weights_only=True)
 
-    return run_server
+    return run_scripts
 
 
 def test_sampling(run, caplog):
@@ -81,26 +102,29 @@ def test_fedadam(run):
     """The first step of Adam is equally long for every weight."""
     client = Client(fit_res(weights(1)))
     run("fedadam", client)
-    steps = [np.abs(a - b).flatten() for a, b in zip(*client.given[:2])]
-    assert 0.01 < np.median(np.concatenate(steps)) <= 0.02
-    assert np.percentile(np.concatenate(steps), 5) > 0.9 * np.median(np.concatenate(steps))
+    steps = np.concatenate([np.abs(a - b).flatten() for a, b in zip(*client.given[:2])])
+    assert 0.01 < np.median(steps) <= 0.02
+    assert np.percentile(steps, 5) > 0.9 * np.median(steps)
 
 
-def test_differential_privacy(run, caplog, tmp_path):
+def test_differential_privacy(apply, make, caplog, tmp_path):
     """Updates are clipped and noise is added; a round that lost a client is repeated."""
 
-    def leave_once(client):
-        client.update = fit_res(weights(2))
+    def leave(client):
+        made.clients.unregister(client)
         return GrpcBridgeClosed()
 
     client = Client(fit_res([100 * array for array in weights(1)]))
-    run("differential_privacy", client, Client(leave_once))
-    start, again, first = client.given[:3]
+    module = apply("differential_privacy", "server")
+    made = make(client, Client(leave), server=module)
+    made.fit(2, None)
+    start, again, first = client.given
     assert_close(start, again)
     distance = np.sqrt(sum(np.square(a - b).sum() for a, b in zip(first, start)))
     assert 1.2 < distance < 1.7, "clipped to 1; noise of 0.005 for each of 62,006 weights is 1.2"
-    assert "Round 1 failed (no aggregate)" in caplog.text
-    assert [record["clients"] for record in history(tmp_path / "model.pt")] == [2, 2, 2]
+    assert caplog.text.count("Round 1 failed, clients were lost") == 1
+    make(client, Client(), server=module, resume=True).fit(3, None)
+    assert [record["clients"] for record in history(tmp_path / "model.pt")] == [1, 1, 2]
 
 
 def test_evaluate_fn(run, caplog):
@@ -109,65 +133,45 @@ def test_evaluate_fn(run, caplog):
     assert re.search(r"fit progress: \(1, .*\{'accuracy': ", caplog.text)
 
 
-def test_early_stopping(apply, make, tmp_path):
-    """The best accuracy is that of round 2; after --resume, no client is needed."""
+def test_early_stopping(apply, make, caplog, tmp_path):
+    """Round 3 is the best; rounds 1 and 5 are not evaluated; --resume tries one round more."""
     module = apply("early_stopping", "server")
-    accuracies = iter([0.1, 0.3, 0.2, 0.3, 0.25])
+    accuracies = [None, 0.1, 0.3, 0.2, None, 0.3, 0.25, 0.1]
+    results = iter([evaluate_res(**({"accuracy": each} if each else {})) for each in accuracies])
     client = Client(lambda client: fit_res(weights(len(made.history) + 1)))
-    client.evaluate = lambda *args, **kwargs: evaluate_res(accuracy=next(accuracies))
-    made = make(client, server=module)
-    made.fit(10, None)
-    assert len(history(tmp_path / "model.pt")) == 5
-    assert_close(arrays_in(tmp_path / "model_best.pt"), weights(2))
-    make(server=module, resume=True).fit(20, None)
-    assert len(history(tmp_path / "model.pt")) == 5
-
-
-@pytest.fixture
-def federate(apply, monkeypatch, tmp_path):
-    """Run an example for two rounds, with these clients; return the saved state_dict."""
-
-    def run_scripts(name, *clients):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setitem(sys.modules, "cifar", apply(name))
-        client, server = apply(name, "client"), apply(name, "server")
-        args = server.make_parser().parse_args(["--min-clients", str(len(clients))])
-        made = server.CifarServer(args, in_engine=True)
-        for cid, arguments in enumerate(clients):
-            own = client.make_client(client.make_parser().parse_args(arguments)).to_client()
-            proxy = Client()
-            proxy.cid = str(cid)
-            proxy.fit = lambda ins, own=own, **options: own.fit(ins)
-            proxy.evaluate = lambda ins, own=own, **options: own.evaluate(ins)
-            made.clients.register(proxy)
-        made.fit(2, None)
-        assert [record["clients"] for record in made.history] == [len(clients)] * 2
-        return torch.load("global_model.pt", weights_only=True)
-
-    return run_scripts
+    client.evaluate = lambda *args, **kwargs: next(results)
+    (tmp_path / "model_best.pt").write_text("of an earlier run")
+    for rounds, done in ((10, 7), (20, 8)):
+        made = make(client, server=module, resume=done == 8, rounds=rounds)
+        made.fit(rounds, None)
+        assert f"after round {done}: {tmp_path / 'model_best.pt'} is the best model" in caplog.text
+        assert "best model, of round 3" in caplog.text
+        assert len(history(tmp_path / "model.pt")) == done
+        assert_close(arrays_in(tmp_path / "model_best.pt"), weights(3))
+    assert (tmp_path / "model_best.pt.old").read_text() == "of an earlier run"
 
 
 FEW = ["--synthetic", "--num-partitions", "100"]
 
 
-def test_batchnorm(federate):
-    state = federate("batchnorm", FEW)
+def test_batchnorm(run):
+    state = run("batchnorm", FEW)
     assert state["norm1.running_mean"].any() and state["norm2.running_mean"].any()
     assert state["norm1.num_batches_tracked"] == 0
 
 
-def test_fedbn(federate, tmp_path):
-    state = federate("fedbn", FEW)
-    (own,) = [path for path in tmp_path.glob("*.pt") if path.name != "global_model.pt"]
+def test_fedbn(run, tmp_path):
+    state = run("fedbn", FEW)
+    (own,) = [path for path in tmp_path.glob("*.pt") if path.name != "model.pt"]
     own_state = torch.load(own, weights_only=True)
     assert own_state["norm1.running_mean"].any() and not state["norm1.running_mean"].any()
     assert torch.equal(own_state["fc3.weight"], state["fc3.weight"])
 
 
-def test_fedprox(federate, apply):
+def test_fedprox(run, apply):
     """Its gradient is mu times the distance from the global weights."""
-    federate("fedprox", FEW)
-    module = apply("fedprox", "cifar")
+    run("fedprox", FEW)
+    module = apply("fedprox")
 
     def distance(mu):
         torch.manual_seed(1)
@@ -179,66 +183,144 @@ def test_fedprox(federate, apply):
     assert distance(1.0) < 0.8 * distance(0.0)
 
 
-def test_augmentation(federate, apply):
-    federate("augmentation", FEW)
-    module = apply("augmentation", "cifar")
-    trainloader, testloader, _ = module.load_data(synthetic=True, num_partitions=100)
-    trainset, testset = trainloader.dataset, testloader.dataset
-    framed = np.pad(trainset.images[0].numpy(), ((4, 4), (4, 4), (0, 0)))
-    crops = [framed[y : y + 32, x : x + 32] for x in range(9) for y in range(9)]
-    known = {each.tobytes() for crop in crops for each in (crop, np.fliplr(crop))}
-    drawn, _ = trainset[[0] * 50]
-    pixels = ((drawn + 1) / 2 * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    found = {each.tobytes() for each in pixels}
-    assert found <= known and len(found) > 20
-    assert torch.equal(testset[[0]][0], testset[[0]][0])
+def test_augmentation(run, apply):
+    run("augmentation", FEW)
+    trainloader, testloader, _ = apply("augmentation").load_data(synthetic=True, num_partitions=100)
+    image, label = trainloader.dataset[0]
+    framed = np.pad(image.numpy(), ((0, 0), (4, 4), (4, 4)))
+    crops = np.stack([framed[:, y : y + 32, x : x + 32] for x in range(9) for y in range(9)])
+    plain, flipped = [{each.tobytes() for each in array} for array in (crops, crops[..., ::-1])]
+    drawn, labels = trainloader.collate_fn([(image, label)] * 50)
+    found = {each.numpy().tobytes() for each in ((drawn + 1) / 2 * 255).round().byte()}
+    assert found <= plain | flipped and min(len(found & plain), len(found & flipped)) > 8
+    assert labels.tolist() == [label] * 50
+    assert torch.equal(next(iter(testloader))[0], next(iter(testloader))[0])
 
 
-def test_mnist(federate):
-    assert federate("mnist", FEW)["conv1.weight"].shape == (6, 1, 5, 5)
+def draw(monkeypatch, name, *arguments):
+    """Run plot.py or predict.py; return what is in the picture."""
+    plt.close("all")
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(EXAMPLES / name))
+    return plt.gcf().axes
 
 
-def test_folders(federate, tmp_path):
-    """Each client has a folder of its own; every fifth image is a test image."""
-    for machine in ("one", "two"):
-        for i, name in enumerate(("circle", "square", "triangle")):
-            folder = tmp_path / machine / name
-            folder.mkdir(parents=True)
-            for number in range(10):
-                Image.new("RGB", (40 + number, 30), (80 * i, 0, 0)).save(folder / f"{number}.png")
-    state = federate("folders", *(["--data-root", str(tmp_path / each)] for each in ("one", "two")))
-    assert state["fc3.weight"].shape == (3, 84)
-
-
-def test_pictures(start, tmp_path):
-    torch.save(cifar.Net().state_dict(), tmp_path / "global_model.pt")
-    records = [{"round": 1, "accuracy": 0.1}, {"round": 2, "accuracy": 0.3}]
+def test_plot(monkeypatch, tmp_path):
+    """Rounds without an accuracy are left out."""
+    records = [{"round": 1, "accuracy": 0.1}, {"round": 2}, {"round": 3, "accuracy": None}]
+    records.append({"round": 4, "accuracy": 0.3})
     (tmp_path / "global_model.json").write_text(json.dumps(records))
-    for name, picture in (("plot.py", "accuracy.png"), ("predict.py", "predictions.png")):
-        script = start(EXAMPLES / name, "--synthetic", MPLBACKEND="Agg")
-        assert script.end() == 0, script.output
-        with Image.open(tmp_path / picture) as image:
-            assert len(image.convert("RGB").getcolors(1_000_000)) > 20
+    monkeypatch.chdir(tmp_path)
+    (axes,) = draw(monkeypatch, "plot.py")
+    assert axes.lines[0].get_xydata().tolist() == [[1, 0.1], [4, 0.3]]
+    assert (tmp_path / "accuracy.png").exists()
+
+
+def test_mnist(run, monkeypatch, tmp_path):
+    assert run("mnist", FEW)["conv1.weight"].shape == (6, 1, 5, 5)
+    (tmp_path / "model.pt").rename(tmp_path / "global_model.pt")
+    axes = draw(monkeypatch, "predict.py", "--synthetic")
+    assert [each.get_title()[0] for each in axes] == list("0123456789")
+    assert (tmp_path / "predictions.png").exists()
+
+
+def make_pictures(folder, *classes):
+    """Make ten pictures, which differ in size and mode, for each of these classes."""
+    for i, each in enumerate(classes):
+        (folder / each).mkdir(parents=True)
+        for number, mode in enumerate(["RGB", "L", "P", "RGBA", "LA"] * 2):
+            picture = Image.linear_gradient("L").resize((40 + number, 30 + i)).convert(mode)
+            picture.save(folder / each / f"{number}.png")
+
+
+def test_folders(run, monkeypatch, capsys, tmp_path):
+    """Each client has a folder of its own; every fifth image is a test image."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        make_pictures(folder, "circle", "square", "triangle")
+    few = ["--data-root", str(two), "--partition-id", "7", "--num-partitions", "8"]
+    state = run("folders", ["--data-root", str(one)], few)
+    assert state["fc3.weight"].shape == (3, 84)
+    output = capsys.readouterr().out
+    assert output.count("Found 3 classes: circle, square, triangle\n") == 2
+    assert "24 training / 6 test images\nTraining images per class: 8 8 8\n" in output
+    assert "3 training / 0 test images\n" in output
+    axes = draw(monkeypatch, "predict.py", "model.pt", "--data-root", one)
+    titles = [each.get_title().split("\n")[0] for each in axes]
+    assert titles == ["circle", "circle", "square", "square", "triangle", "triangle"]
+    assert sys.modules["cifar"].read_images(one, train=True).tensors[0].is_contiguous()
+
+
+def test_folders_with_something_wrong_are_named(apply, tmp_path):
+    def reason(folder):
+        with pytest.raises(SystemExit) as error:
+            module.read_images(folder, train=True)
+        return error.value.code
+
+    module = apply("folders")
+    make_pictures(tmp_path / "images", "circle", "square", "triangle")
+    path = tmp_path / "images" / "square" / "2.png"
+    Image.new("I;16", (64, 64), 30_000).save(path)
+    unscaled = reason(tmp_path / "images")
+    assert unscaled.startswith(f"Cannot read {path}: ") and "8 bits" in unscaled
+    path.write_bytes((path.parent / "3.png").read_bytes()[:60])
+    assert reason(tmp_path / "images").startswith(f"Cannot read {path}: ")
+    make_pictures(tmp_path / "nested", "train", "val")
+    assert re.search("2 classes: train, val.* fc3", reason(tmp_path / "nested"))
+    assert "no-such-folder" in reason(tmp_path / "no-such-folder")
+
+
+def test_app(tmp_path, capsys):
+    """The flags are those of the run config; a client's also those of its node config."""
+    app = load(EXAMPLES / "app.py")
+    project = tomllib.loads((EXAMPLES / "pyproject.toml").read_text())
+    listed = project["tool"]["flwr"]["app"]["config"]
+    parsers = [app.server.make_parser(), app.client.make_parser()]
+    flags = {name.replace("_", "-") for each in parsers for name in vars(each.parse_args([]))}
+    unlisted = "server-address wait root-certificates ssl-certfile ssl-keyfile ssl-ca-certfile"
+    assert flags ^ listed.keys() == {*unlisted.split(), "partition-id", "num-partitions"}
+
+    def serve(**config):
+        config = {**listed, "model": str(tmp_path / "new" / "model.pt"), **config}
+        return app.server_fn(SimpleNamespace(run_config=config))
+
+    made = serve(rounds=5)
+    assert (made.config.num_rounds, made.config.round_timeout) == (5, None)
+    torch.save(cifar.Net().state_dict(), tmp_path / "new" / "model.pt")
+    (tmp_path / "new" / "model.json").write_text("[{}, {}]")
+    for reason, config in {
+        "must end in .pt": {"model": "x.txt"},
+        "--lr: invalid float": {"lr": "fast"},
+        "must exceed the 2": {"rounds": 2, "resume": True},
+        "Cannot load no.pt": {"model": "no.pt", "resume": True},
+    }.items():
+        with pytest.raises(Exception, match=reason):  # no SystemExit, which the engine hides
+            serve(**config)
+    node = {"partition-id": 0, "num-partitions": 2}
+    for _ in range(2):  # messages
+        assert app.client_fn(SimpleNamespace(run_config=listed, node_config=node))
+    assert capsys.readouterr().out.count("Partition 0 of 2: 5000 training / 1000") == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="paths of the commands")
 def test_engine(start, tmp_path):
     """A SuperLink, two SuperNodes and `flwr run`, as in the README, on free ports."""
-    for path in (*(ROOT / each for each in [*SCRIPTS, ".gitignore"]), EXAMPLES / "pyproject.toml"):
-        shutil.copy(path, tmp_path)  # `flwr run` leaves out what .gitignore names
+    copied = [*SCRIPTS, ".gitignore"]  # `flwr run` leaves out what .gitignore names
+    for path in (*map(ROOT.joinpath, copied), EXAMPLES / "app.py", EXAMPLES / "pyproject.toml"):
+        shutil.copy(path, tmp_path)
     link, *ports = free_ports(3)
     config = (EXAMPLES / "config.toml").read_text().replace("8000", link)
     (tmp_path / "config.toml").write_text(config)
     folder = Path(sys.executable).parent
     env = {"PATH": f"{folder}:{os.environ['PATH']}", "FLWR_HOME": str(tmp_path)}
-    scripts = [start(folder / "flower-superlink", "--insecure", "--port", link, **env)]
-    scripts[0].until("running on http")
+    start(folder / "flower-superlink", "--insecure", "--port", link, **env).until("running on http")
     for number, port in enumerate(ports):
         node = ["--superlink", f"127.0.0.1:{link}", "--port", port, "--node-config"]
         partition = f"partition-id={number} num-partitions=2"
-        scripts.append(start(folder / "flower-supernode", "--insecure", *node, partition, **env))
-        scripts[-1].until("SuperNode ID")
-    run = start(folder / "flwr", "run", ".", "local", "--stream", "--run-config", "rounds=1", **env)
+        supernode = start(folder / "flower-supernode", "--insecure", *node, partition, **env)
+        supernode.until("SuperNode ID")
+    override = ["--run-config", "rounds=1 seed=1 lr=0.02"]
+    run = start(folder / "flwr", "run", ".", "local", "--stream", *override, **env)
     run.until("Run finished 1 round(s)")
     (record,) = history(tmp_path / "global_model.pt")
     assert record["clients"] == 2 and record["accuracy"] >= 0

@@ -1,6 +1,8 @@
 """Tests of whole federations: server.py and client.py as processes, and what may go wrong."""
 
 import importlib
+import json
+import os
 import queue
 import re
 import shutil
@@ -9,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import flwr as fl
 import grpc
@@ -16,26 +19,26 @@ import pytest
 import torch
 from flwr.proto.transport_pb2 import ClientMessage
 from flwr.proto.transport_pb2_grpc import FlowerServiceStub
-from helpers import ROOT, history
+from helpers import ROOT, history, linux
 
 import cifar
 import client
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="signals and 127.0.0.2")
 FEW = ["--synthetic", "--num-partitions", 100]
 
 
 class Learner(fl.client.NumPyClient):
-    """A client that learns nothing; `wait` is called when it is asked to train."""
+    """A client that learns nothing; when it is asked to train or evaluate, these are called."""
 
-    def __init__(self, wait=lambda: None):
-        self.wait = wait
+    def __init__(self, train=lambda: None, evaluate=lambda: None):
+        self.when_asked = train, evaluate
 
     def fit(self, parameters, config):
-        self.wait()
+        self.when_asked[0]()
         return parameters, 1, {}
 
     def evaluate(self, parameters, config):
+        self.when_asked[1]()
         return 1.0, 1, {}
 
 
@@ -43,8 +46,8 @@ class Learner(fl.client.NumPyClient):
 def serve(start, address):
     """Start server.py, and wait until it listens."""
 
-    def start_server(*arguments, name="server.py", waiting="Waiting for clients: 0 of"):
-        server = start(name, "--server-address", address, *arguments)
+    def start_server(*arguments, name=("server.py",), waiting="Waiting for clients: 0 of"):
+        server = start(*name, "--server-address", address, *arguments)
         server.until(waiting)
         return server
 
@@ -55,9 +58,9 @@ def serve(start, address):
 def join(start, address):
     """Start client.py with few images, or start a Learner in this process."""
 
-    def start_client(*arguments, name="client.py", learner=None, **env):
+    def start_client(*arguments, name=("client.py",), learner=None, **env):
         if learner is None:
-            return start(name, "--server-address", address, *FEW, *arguments, **env)
+            return start(*name, "--server-address", address, *FEW, *arguments, **env)
         keywords = {"server_address": address, "client": learner.to_client()}
         threading.Thread(target=fl.client.start_client, kwargs=keywords, daemon=True).start()
 
@@ -96,32 +99,33 @@ def test_client_with_the_same_seed_sends_the_same_bytes():
     assert update("--seed", "7") == update("--seed", "7") != update()
 
 
-CHANGED = {
-    "self.fc3 = nn.Linear(84, 10)\n": "self.fc3 = nn.Linear(84, 10)\n"
-    "        self.scale = nn.Parameter(torch.tensor(1.0))\n"
-    '        self.register_buffer("mask", torch.tensor([0.0, float("-inf")]))\n'
-    "        self.bfloat16()\n",
-    "x = F.relu(self.pool(self.conv1(x)))": "x = F.relu(self.pool(self.conv1(x.bfloat16())))",
-    "return self.fc3(x)": "return (self.scale * self.fc3(x)).float()",
-    "sampler=batches, batch_size=None": "sampler=batches, batch_size=None, num_workers=2",
-}
+CHANGED = f"""
+import functools, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, cifar
+class Net(cifar.Net):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(1.0))
+        self.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+        self.bfloat16()
+    def forward(self, x):
+        return (self.scale * super().forward(x.bfloat16())).float()
+cifar.Net = Net
+cifar.DataLoader = functools.partial(cifar.DataLoader, num_workers=2)
+__import__(sys.argv.pop(1)).main()
+"""
 
 
 def test_bfloat16_constants_and_workers(serve, join, start, tmp_path):
     """A model in bfloat16 with a mask of -inf and a parameter without dimensions, and workers."""
-    for name in ("client.py", "server.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    text = (ROOT / "cifar.py").read_text(encoding="utf-8")
-    for old, new in CHANGED.items():
-        assert old in text
-        text = text.replace(old, new)
-    (tmp_path / "cifar.py").write_text(text, encoding="utf-8")
-    server = serve("--rounds", 2, "--min-clients", 1)
-    client = join()
+    (tmp_path / "changed.py").write_text(CHANGED)
+    server = serve("--rounds", 2, "--min-clients", 1, name=["changed.py", "server"])
+    client = join(name=["changed.py", "client"])
     assert server.end() == 0, server.output
     assert client.end() == 0, client.output
     assert [record["clients"] for record in history(tmp_path / "global_model.pt")] == [1, 1]
-    evaluated = start("cifar.py", "--synthetic", "--evaluate", "global_model.pt")
+    evaluated = start("changed.py", "cifar", "--synthetic", "--evaluate", "global_model.pt")
     assert evaluated.end() == 0 and "Accuracy: " in evaluated.output, evaluated.output
 
 
@@ -133,8 +137,9 @@ def test_client_is_ended_while_it_trains(serve, join, tmp_path, number):
     join(learner=Learner())
     client.until("Training 1000000 epoch(s)")
     client.process.send_signal(number)
-    assert client.end() == -number and "Traceback" not in client.output
-    server.until("1 of 2 clients lost")
+    assert client.end() == {signal.SIGINT: 130, signal.SIGKILL: -9}[number]
+    assert "Traceback" not in client.output
+    server.until("A client failed: GrpcBridgeClosed()")
     server.until("aggregate_fit: received 1 results and 1 failures")
     server.until("Waiting for clients: 1 of 2 connected", 2)
     join(learner=Learner())
@@ -142,28 +147,19 @@ def test_client_is_ended_while_it_trains(serve, join, tmp_path, number):
     assert [record["clients"] for record in history(tmp_path / "global_model.pt")] == [1, 2]
 
 
-def test_client_fails_while_it_evaluates_in_the_last_round(serve, join, tmp_path):
-    class Failing(Learner):
-        evaluate = None
-
-    server = serve("--rounds", 1)
-    join(learner=Failing())
-    join(learner=Learner())
-    assert server.end() == 0, server.output
-    assert "aggregate_evaluate: received 1 results and 1 failures" in server.output
-    assert "A client failed: GrpcBridgeClosed()" in server.output
-    assert history(tmp_path / "global_model.pt")[0]["loss"] == 1
-
-
-def test_client_that_hangs_is_dropped_after_the_timeout(serve, join, tmp_path):
-    server = serve("--round-timeout", 2, "--rounds", 1)
+def test_round_ends_without_clients_that_hang_or_fail(serve, join, address, tmp_path):
+    """While one trains, and another evaluates in the last round; on all addresses."""
+    there = ["--server-address", address.replace("127.0.0.1", "0.0.0.0")]
+    server = serve("--round-timeout", 2, "--rounds", 1, "--min-clients", 3, *there)
     over = threading.Event()
-    join(learner=Learner(over.wait))
-    join(learner=Learner())
+    for learner in (Learner(over.wait), Learner(evaluate=None), Learner()):
+        join(learner=learner)
     assert server.end() == 0, server.output
     over.set()
-    assert "1 of 2 clients lost" in server.output
-    assert history(tmp_path / "global_model.pt")[0]["clients"] == 1
+    assert "No TLS: others on the network can read and change what is sent" in server.output
+    assert server.output.count("A client failed: GrpcBridgeClosed()") == 2
+    (record,) = history(tmp_path / "global_model.pt")
+    assert record["clients"] == 2 and record["loss"] == 1
 
 
 def test_client_that_never_says_goodbye_does_not_keep_the_server(serve, join, address):
@@ -180,15 +176,34 @@ def test_client_that_never_says_goodbye_does_not_keep_the_server(serve, join, ad
         assert server.end() == 0, server.output
 
 
-def test_killed_server_resumes_where_it_was(serve, join, tmp_path):
-    """It is killed in its second round; the client that waits for it joins again by itself."""
+@linux
+@pytest.mark.parametrize(
+    "state, number",
+    [
+        ("waits", signal.SIGINT),
+        ("trains", signal.SIGTERM),
+        ("evaluates", signal.SIGINT),
+        ("evaluates", signal.SIGKILL),
+    ],
+)
+def test_server_that_is_stopped_resumes_where_it_was(serve, join, tmp_path, state, number):
+    """In its second round; the client that waits for it joins again by itself."""
     server = serve()
     client = join()
     client.until("Waiting up to 60 s for the server")
-    turns = threading.Semaphore(1)
-    join(learner=Learner(turns.acquire))  # it is stuck in round 2
-    client.until("Sent reply", 3)
-    server.kill()
+    turns = threading.Semaphore(1)  # for one round
+    learners = {
+        "waits": Learner(evaluate=None),
+        "trains": Learner(train=turns.acquire),
+        "evaluates": Learner(evaluate=turns.acquire),
+    }
+    join(learner=learners[state])
+    client.until("Sent reply", {"waits": 2, "trains": 3, "evaluates": 4}[state])
+    if state == "waits":
+        server.until("Waiting for clients: 1 of 2 connected", 2)
+    server.process.send_signal(number)
+    assert server.end(timeout=6) == {signal.SIGKILL: -9}.get(number, 0)
+    assert "Traceback" not in server.output
     client.until("Connection lost: ")
     (before,) = history(tmp_path / "global_model.pt")
     server = serve("--resume", waiting="[ROUND 2]")
@@ -197,6 +212,7 @@ def test_killed_server_resumes_where_it_was(serve, join, tmp_path):
     assert client.end() == 0 and "DEPRECATED" not in client.output, client.output
     after = history(tmp_path / "global_model.pt")
     assert [record["round"] for record in after] == [1, 2, 3] and after[0] == before
+    assert all("loss" in record for record in after)
 
 
 RAISING = f"""
@@ -216,28 +232,12 @@ server.main()
 
 def test_exception_in_a_strategy_ends_the_server_and_releases_the_clients(serve, join, tmp_path):
     (tmp_path / "program.py").write_text(RAISING)
-    server = serve("--min-clients", 1, name="program.py")
+    server = serve("--min-clients", 1, name=["program.py"])
     client = join()
     assert server.end() == 1
     assert server.output.endswith("ZeroDivisionError: division by zero\ncleaned up\n")
     assert server.output.count("Traceback") == 1 and "[SUMMARY]" not in server.output
     assert client.end() == 0
-
-
-@linux
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_server_is_stopped_in_a_round(serve, join, address, name):
-    there = address.replace("127.0.0.1", "0.0.0.0")
-    server = serve("--min-clients", 1, "--server-address", there)
-    assert "No TLS: anyone who reaches the port can join" in server.output
-    over = threading.Event()
-    join(learner=Learner(over.wait))
-    server.until("configure_fit: strategy sampled 1 clients")
-    server.process.send_signal(getattr(signal, name))
-    assert server.end() == 0
-    assert "Flower server terminated gracefully." in server.output
-    assert "Traceback" not in server.output
-    over.set()
 
 
 def test_port_that_is_taken_is_one_line_and_no_file_is_touched(start, address, tmp_path):
@@ -291,7 +291,9 @@ def test_tls_with_the_commands_of_the_readme(serve, join, tmp_path):
     "script, arguments, code, text",
     [
         ("server", ["--model", "model.json"], 2, "--model must end in .pt"),
-        ("server", ["--resume"], 1, "Cannot load global_model.pt: "),
+        ("server", ["--resume"], 1, "Cannot load global_model.pt as a state_dict of Net: "),
+        ("server", ["--resume", "--model", "done.pt"], 2, "must exceed the 3 that are done"),
+        ("server", ["--resume", "--model", "bad.pt"], 1, "Cannot load bad.json: Expecting value"),
         ("server", ["--ssl-keyfile", "key"], 1, "You need to provide valid file paths to"),
         ("client", ["--partition-id", "3", "--num-partitions", "3"], 2, "must be from 0 to 2"),
         ("client", ["--root-certificates", "no"], 2, "No such file or directory: 'no'"),
@@ -299,8 +301,24 @@ def test_tls_with_the_commands_of_the_readme(serve, join, tmp_path):
 )
 def test_wrong_flag_is_one_line(monkeypatch, capsys, tmp_path, script, arguments, code, text):
     monkeypatch.chdir(tmp_path)
+    for name, records in (("done", json.dumps([{"round": n} for n in (1, 2, 3)])), ("bad", "")):
+        torch.save(cifar.Net().state_dict(), f"{name}.pt")
+        Path(f"{name}.json").write_text(records)
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(script).main()
-    assert text in capsys.readouterr().err + str(ended.value)
-    assert ended.value.code == code or code == 1  # Python exits with 1 for a text
+    says = ended.value.code  # Python exits with 1 for a text
+    assert text in capsys.readouterr().err + str(says)
+    assert (1 if isinstance(says, str) else says) == code
+
+
+@pytest.mark.parametrize("setting", [{}, {"FLWR_TELEMETRY_ENABLED": "1"}])
+@pytest.mark.parametrize("script", ["server", "client"])
+def test_telemetry_is_off_unless_a_user_turns_it_on(script, setting):
+    name = "FLWR_TELEMETRY_ENABLED"  # a variable, and a constant of Flower's
+    env = {key: value for key, value in os.environ.items() if key != name} | setting
+    program = (
+        f"import sys, {script}; print({{vars(m).get('{name}') for m in sys.modules.values()}})"
+    )
+    output = subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, env=env, text=True)
+    assert eval(output) == {None, setting.get(name, "0")}
