@@ -86,7 +86,7 @@ class CifarServer(fl.server.Server):
         self.set_max_workers(1000)  # a thread for each client; Flower's default is a few
 
     def fit(self, num_rounds: int, timeout: float | None) -> tuple[History, float]:
-        """Move an earlier run's files aside, now that the port is ours; run."""
+        """Move an earlier run's files aside (the port is ours by now); run the rounds."""
         try:
             for path in self.args.model, self.history_path:
                 if path.exists() and not self.args.resume:
@@ -98,7 +98,7 @@ class CifarServer(fl.server.Server):
             raise
 
     def fit_round(self, server_round: int, timeout: float | None) -> tuple | None:
-        """Train on the clients, and aggregate; repeat it if it fails for lost clients."""
+        """Train on the clients and aggregate; try again if lost clients made it fail."""
         if server_round <= self.rounds_done:
             return None  # skip it: Flower always counts from 1
         while True:
@@ -131,7 +131,7 @@ class CifarServer(fl.server.Server):
             # has n_k of all n images and sent the weights w_k.
             parameters, metrics = self.strategy.aggregate_fit(server_round, results, failures)
             if parameters:
-                self.check(parameters, self.parameters)  # or end the run
+                self.check(parameters, self.parameters)  # or the run ends
                 break
             if results and not failures:
                 break  # None is the strategy's decision: the model stays
@@ -163,7 +163,7 @@ class CifarServer(fl.server.Server):
                 raise ValueError(f"array {i}: NaN or infinity")
 
     def evaluate_round(self, server_round: int, timeout: float | None) -> tuple | None:
-        """Evaluate the model on the clients, which completes the round; save."""
+        """Evaluate on the clients; then the round is complete, and is saved."""
         if server_round <= self.rounds_done:
             return None
         record = self.history[-1]  # of fit_round()

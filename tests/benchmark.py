@@ -31,27 +31,20 @@ Figures = defaultdict[str, list[float]]
 
 
 def plain_loader(train: bool) -> DataLoader:
-    """Return the plain pipeline's loader of all training or test images."""
     return DataLoader(PlainImages(cifar.read_images(cifar.DATA_ROOT, train)), 32, shuffle=train)
 
 
-def our_script(name: str, address: str, *arguments: str) -> None:
-    """Run server.py or client.py."""
-    sys.argv = [name, "--server-address", address, *arguments]
-    importlib.import_module(name).main()
+def our_server(address: str) -> None:
+    sys.argv = ["server.py", "--server-address", address]
+    importlib.import_module("server").main()
 
 
-def plain_server(address: str, rounds: str) -> None:
-    import flwr
-
-    parameters = flwr.common.ndarrays_to_parameters(cifar.get_parameters(cifar.Net()))
-    strategy = flwr.server.strategy.FedAvg(initial_parameters=parameters)
-    config = flwr.server.ServerConfig(num_rounds=int(rounds))
-    flwr.server.start_server(server_address=address, config=config, strategy=strategy)
+def our_client(address: str) -> None:
+    sys.argv = ["client.py", "--server-address", address]
+    importlib.import_module("client").main()
 
 
 def plain_client(address: str) -> None:
-    """Run a client with the plain pipeline."""
     import flwr
 
     from client import CifarClient
@@ -84,13 +77,11 @@ def bare_pytorch() -> None:
 
 
 def start(function: Callable, *arguments: object, **env: str) -> Script:
-    """Start one of the functions above as a process."""
     env = {"FLWR_TELEMETRY_ENABLED": "0", "no_grpc_proxy": "127.0.0.1", **env}
     return Script([__file__, function.__name__, *arguments], Path.cwd(), **env)
 
 
 def finish(*processes: Script) -> None:
-    """Wait until the processes end; exit if one fails."""
     for process in processes:
         if process.end(timeout=7200):
             sys.exit("\n".join(["A process failed:", *(each.output for each in processes)]))
@@ -98,18 +89,17 @@ def finish(*processes: Script) -> None:
 
 @contextlib.contextmanager
 def timed(times: list[float]) -> Iterator[None]:
-    """Append the duration in seconds."""
     start = time.perf_counter()
     yield
     times.append(time.perf_counter() - start)
 
 
-def show(what: str, figures: Figures, unit: str = "s", scale: float = 1) -> None:
+def show(what: str, figures: Figures) -> None:
     """Print the medians, the first against each of the others, and the medians of the ratios."""
     (_, ours), *alternatives = figures.items()
     for name, theirs in alternatives:
-        medians = [f"{statistics.median(each) * scale:.4g} {unit}" for each in (ours, theirs)]
-        ratio = statistics.median(b / a if a else 0 for a, b in zip(ours, theirs))
+        medians = [f"{statistics.median(each):.4g} s" for each in (ours, theirs)]
+        ratio = statistics.median(b / a for a, b in zip(ours, theirs))
         line = f"{' against '.join(medians)} of {name}"
         print(f"{what:<34} {line:<60} {ratio:6.2f} times", flush=True)
         what = ""
@@ -130,17 +120,13 @@ def bench_train(repetitions: int) -> None:
     show("an epoch of train(), 1 thread", times)
 
 
-def federate(plain: bool = False, **env: str) -> None:
+def federate(client: Callable = our_client, **env: str) -> None:
     """Run a server and two clients, on all images each."""
     address = free_address()
-    if plain:
-        server = start(plain_server, address, 3, **env)
-        server.until("gRPC server running")  # a plain client does not wait for it
-        clients = [start(plain_client, address, **env) for _ in range(2)]
-    else:
-        server = start(our_script, "server", address)
-        clients = [start(our_script, "client", address) for _ in range(2)]
-    finish(*clients, server)
+    server = start(our_server, address, **env)
+    if client is plain_client:  # which does not wait for the server
+        server.until("gRPC server running")
+    finish(start(client, address, **env), start(client, address, **env), server)
 
 
 def bench_federation(repetitions: int) -> None:
@@ -150,9 +136,9 @@ def bench_federation(repetitions: int) -> None:
         with timed(times["ours"]):
             federate()
         with timed(times["plain, OMP_NUM_THREADS=1"]):
-            federate(plain=True, OMP_NUM_THREADS="1")
+            federate(plain_client, OMP_NUM_THREADS="1")
         with timed(times["plain"]):  # it takes minutes
-            federate(plain=True)
+            federate(plain_client)
     show("2 clients, 3 rounds", times)
 
 
@@ -171,7 +157,6 @@ ROWS = ["train", "federation", "bare"]
 
 
 def main() -> None:
-    """Print the requested rows."""
     parser = argparse.ArgumentParser()
     parser.add_argument("rows", nargs="*", choices=ROWS, help="default: all")
     parser.add_argument("--repetitions", type=int, default=3, help="default: 3")

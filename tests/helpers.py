@@ -1,6 +1,5 @@
 """Helpers of the tests and the benchmark: scripts as processes, the tutorial's training."""
 
-import contextlib
 import json
 import os
 import re
@@ -28,22 +27,17 @@ import cifar
 linux = pytest.mark.skipif(sys.platform != "linux", reason="signals and 127.0.0.2")
 
 
-def free_ports(count: int) -> list[str]:
-    """Return free ports."""
-    with contextlib.ExitStack() as stack:
-        sockets = [
-            stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)
-        ]
-        return [str(each.getsockname()[1]) for each in sockets]
-
-
-def history(model: Path) -> list[dict[str, Any]]:
-    """Return the history that the server wrote beside a model."""
-    return json.loads(model.with_suffix(".json").read_text(encoding="utf-8"))
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
 
 
 def free_address() -> str:
-    return f"127.0.0.1:{free_ports(1)[0]}"
+    return f"127.0.0.1:{free_port()}"
+
+
+def history(model: Path) -> list[dict[str, Any]]:
+    return json.loads(model.with_suffix(".json").read_text(encoding="utf-8"))
 
 
 class Script:

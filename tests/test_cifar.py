@@ -1,11 +1,13 @@
 """Tests of cifar.py: the tutorial's numbers, images, partitions, saved models, its flags."""
 
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
-import filelock
 import numpy as np
 import pytest
 import torch
+import torchvision  # type: ignore[import-untyped]
 from helpers import ROOT, PlainImages, PlainNet, linux, plain_train
 from torch import nn
 from torch.utils import data
@@ -24,34 +26,14 @@ def few_images(monkeypatch):
     monkeypatch.setattr(cifar, "read_images", lambda _, train: cifar.synthesize(sizes[train], 3))
 
 
-def test_model_and_its_outputs_are_the_tutorials():
-    net, plain, images = cifar.Net(), PlainNet(), torch.randn(4, 3, 32, 32)
-    assert sum(value.numel() for value in net.parameters()) == 62_006
-    plain.load_state_dict(net.state_dict())
-    torch.testing.assert_close(net(images), plain(images))
-
-
-def test_batches_are_the_tutorials_in_the_same_order(few_images):
-    trainloader, testloader, num_examples = cifar.load_data()
-    assert num_examples == {"trainset": 500, "testset": 100}
-    for ours, shuffle in ((trainloader, True), (testloader, False)):
-        theirs = DataLoader(PlainImages(ours.dataset), 32, shuffle)
-        torch.manual_seed(3)
-        our_images, our_labels = map(torch.cat, zip(*ours))
-        torch.manual_seed(3)
-        their_images, their_labels = map(torch.cat, zip(*theirs))
-        assert torch.equal(our_images, their_images)
-        assert torch.equal(our_labels, their_labels)
-
-
 def test_training_matches_the_tutorial_to_rounding(few_images, capsys):
-    """With our Net, and with the tutorial's as printed, in place of it.
-
-    The printed losses are the means of 100 batches, and of an epoch's last.
-    """
-    trainloader, _, _ = cifar.load_data(batch_size=4)
+    """With our Net, and with the tutorial's as printed, in place of it."""
+    trainloader, testloader, num_examples = cifar.load_data(batch_size=4)
+    assert num_examples == {"trainset": 500, "testset": 100}
+    assert torch.equal(next(iter(testloader))[0][7], PlainImages(testloader.dataset)[7][0])
     torch.manual_seed(0)
     theirs = PlainNet()
+    assert sum(value.numel() for value in theirs.parameters()) == 62_006
     losses = plain_train(theirs, DataLoader(PlainImages(trainloader.dataset), 4, True))
     for net in (cifar.Net, PlainNet):
         capsys.readouterr()
@@ -124,7 +106,6 @@ def test_partitions_are_disjoint_and_complete_and_none_is_empty(num_partitions, 
 
 
 def test_partitions_are_drawn_from_dirichlet_class_by_class():
-    """Written out as in the paper: for each class, the shares of all partitions are drawn."""
     labels = torch.from_numpy(np.random.RandomState(0).permutation(np.arange(5_000) % 10))
     partitions = cifar.partition(labels, 4, 0.5)
     counts = [np.bincount(labels[each], minlength=10) for each in partitions]
@@ -140,15 +121,13 @@ def test_partitions_are_drawn_from_dirichlet_class_by_class():
 def test_load_data_says_what_a_partition_holds(few_images, capsys):
     """Only the partition stays in memory; test images are IID."""
     loaded = cifar.load_data(partition_id=1, num_partitions=3, alpha=0.1)
-    trainloader, testloader, num_examples = loaded
+    (images, labels), (_, test_labels) = [loader.dataset.tensors for loader in loaded[:2]]
     first, second = capsys.readouterr().out.splitlines()
-    size = len(trainloader.dataset)
-    assert num_examples == {"trainset": size, "testset": 33}
-    assert first == f"Partition 1 of 3: {size} training / 33 test images"
+    assert first == f"Partition 1 of 3: {len(images)} training / 33 test images"
     counts = [int(count) for count in second.partition(":")[2].split()]
-    assert counts == trainloader.dataset.tensors[1].bincount(minlength=10).tolist()
-    assert 0 in counts and testloader.dataset.tensors[1].bincount(minlength=10).min() > 0
-    assert trainloader.dataset.tensors[0].untyped_storage().nbytes() == size * 3072
+    assert counts == labels.bincount(minlength=10).tolist() and 0 in counts
+    assert test_labels.bincount(minlength=10).min() > 0
+    assert images.untyped_storage().nbytes() == len(images) * 3072
 
 
 def test_client_without_test_images_trains(monkeypatch):
@@ -171,39 +150,25 @@ def test_batch_norm_never_sees_a_batch_of_one_image(monkeypatch, num_images, bat
         cifar.train(net, trainloader, epochs=1, device=CPU)
 
 
-# Loads an imitation of torchvision's CIFAR10 once a lock is released.
-DOWNLOAD = f"""
-import filelock, pathlib, sys, threading, torchvision.datasets
-sys.path[0] = {str(ROOT)!r}
-import cifar
-class CIFAR10:
-    def __init__(self, root, train, download=False):
-        if not (root / "archive").exists():
-            if not download:
-                raise RuntimeError("Dataset not found or corrupted.")
-            print("downloading")
-            threading.Event().wait(1)  # it takes a while
-            (root / "archive").touch()
-        images, labels = cifar.synthesize(500, 3).tensors
-        self.data, self.targets = images.permute(0, 2, 3, 1).numpy(), labels.tolist()
-torchvision.datasets.CIFAR10 = CIFAR10
-print("ready")
-with filelock.FileLock("start"):
-    pass
-print(cifar.load_data(data_root="new/data")[2])
-"""
+def test_two_clients_on_an_empty_folder_download_once(monkeypatch, tmp_path):
+    downloads = []
 
+    class CIFAR10:
+        def __init__(self, root, train, download=False):
+            if not (root / "archive").exists():
+                if not download:
+                    raise RuntimeError("Dataset not found or corrupted.")
+                downloads.append(root)
+                threading.Event().wait(0.5)  # it takes a while
+                (root / "archive").touch()
+            images, labels = cifar.synthesize(50, 3).tensors
+            self.data, self.targets = images.permute(0, 2, 3, 1).numpy(), labels.tolist()
 
-def test_two_clients_on_an_empty_folder_download_once(start, tmp_path):
-    (tmp_path / "program.py").write_text(DOWNLOAD)
-    with filelock.FileLock(tmp_path / "start"):
-        scripts = [start("program.py"), start("program.py")]
-        for script in scripts:
-            script.until("ready")
-    for script in scripts:
-        assert script.end() == 0, script.output
-        assert "{'trainset': 500, 'testset': 500}" in script.output
-    assert (scripts[0].output + scripts[1].output).count("downloading") == 1
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", CIFAR10)
+    with ThreadPoolExecutor(2) as pool:
+        roots = [str(tmp_path / "new" / "data")] * 2
+        assert [len(dataset) for dataset in pool.map(cifar.read_images, roots, [1, 0])] == [50, 50]
+    assert len(downloads) == 1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64", "complex64"])
@@ -256,7 +221,6 @@ def test_cifar_saves_a_model_and_evaluates_it(start):
 
 @linux
 def test_losses_show_at_once_and_ctrl_c_ends_it(start):
-    """Also where the output is no terminal."""
     training = start("cifar.py", "--synthetic", "--epochs", 1_000_000, PYTHONUNBUFFERED="")
     training.until("[1,   100] loss: ")
     training.process.send_signal(signal.SIGINT)

@@ -18,11 +18,9 @@ import numpy as np
 import pytest
 import torch
 from flwr.server.superlink.fleet.grpc_bidi.grpc_bridge import GrpcBridgeClosed
-from helpers import ROOT, free_ports, history
+from helpers import ROOT, free_port, history
 from PIL import Image
 from test_server import Client, arrays_in, assert_close, evaluate_res, fit_res, make, weights
-
-import cifar
 
 assert make  # the fixture that makes a server with clients in this process
 matplotlib.use("Agg")
@@ -108,8 +106,6 @@ def test_fedadam(run):
 
 
 def test_differential_privacy(apply, make, caplog, tmp_path):
-    """Updates are clipped and noise is added; a round that lost a client is repeated."""
-
     def leave(client):
         made.clients.unregister(client)
         return GrpcBridgeClosed()
@@ -134,21 +130,18 @@ def test_evaluate_fn(run, caplog):
 
 
 def test_early_stopping(apply, make, caplog, tmp_path):
-    """Round 3 is the best; rounds 1 and 5 are not evaluated; --resume tries one round more."""
     module = apply("early_stopping", "server")
     accuracies = [None, 0.1, 0.3, 0.2, None, 0.3, 0.25, 0.1]
     results = iter([evaluate_res(**({"accuracy": each} if each else {})) for each in accuracies])
     client = Client(lambda client: fit_res(weights(len(made.history) + 1)))
     client.evaluate = lambda *args, **kwargs: next(results)
-    (tmp_path / "model_best.pt").write_text("of an earlier run")
-    for rounds, done in ((10, 7), (20, 8)):
-        made = make(client, server=module, resume=done == 8, rounds=rounds)
-        made.fit(rounds, None)
-        assert f"after round {done}: {tmp_path / 'model_best.pt'} is the best model" in caplog.text
-        assert "best model, of round 3" in caplog.text
+    for done in (7, 8):
+        made = make(client, server=module, resume=done == 8, rounds=10)
+        made.fit(10, None)
+        best = f"{tmp_path / 'model_best.pt'} is the best model, of round 3"
+        assert f"Stopped early after round {done}: {best}" in caplog.text
         assert len(history(tmp_path / "model.pt")) == done
         assert_close(arrays_in(tmp_path / "model_best.pt"), weights(3))
-    assert (tmp_path / "model_best.pt.old").read_text() == "of an earlier run"
 
 
 FEW = ["--synthetic", "--num-partitions", "100"]
@@ -169,7 +162,6 @@ def test_fedbn(run, tmp_path):
 
 
 def test_fedprox(run, apply):
-    """Its gradient is mu times the distance from the global weights."""
     run("fedprox", FEW)
     module = apply("fedprox")
 
@@ -190,15 +182,13 @@ def test_augmentation(run, apply):
     framed = np.pad(image.numpy(), ((0, 0), (4, 4), (4, 4)))
     crops = np.stack([framed[:, y : y + 32, x : x + 32] for x in range(9) for y in range(9)])
     plain, flipped = [{each.tobytes() for each in array} for array in (crops, crops[..., ::-1])]
-    drawn, labels = trainloader.collate_fn([(image, label)] * 50)
+    drawn, _ = trainloader.collate_fn([(image, label)] * 50)
     found = {each.numpy().tobytes() for each in ((drawn + 1) / 2 * 255).round().byte()}
     assert found <= plain | flipped and min(len(found & plain), len(found & flipped)) > 8
-    assert labels.tolist() == [label] * 50
     assert torch.equal(next(iter(testloader))[0], next(iter(testloader))[0])
 
 
 def draw(monkeypatch, name, *arguments):
-    """Run plot.py or predict.py; return what is in the picture."""
     plt.close("all")
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     runpy.run_path(str(EXAMPLES / name))
@@ -206,7 +196,6 @@ def draw(monkeypatch, name, *arguments):
 
 
 def test_plot(monkeypatch, tmp_path):
-    """Rounds without an accuracy are left out."""
     records = [{"round": 1, "accuracy": 0.1}, {"round": 2}, {"round": 3, "accuracy": None}]
     records.append({"round": 4, "accuracy": 0.3})
     (tmp_path / "global_model.json").write_text(json.dumps(records))
@@ -225,7 +214,6 @@ def test_mnist(run, monkeypatch, tmp_path):
 
 
 def make_pictures(folder, *classes):
-    """Make ten pictures, which differ in size and mode, for each of these classes."""
     for i, each in enumerate(classes):
         (folder / each).mkdir(parents=True)
         for number, mode in enumerate(["RGB", "L", "P", "RGBA", "LA"] * 2):
@@ -234,7 +222,6 @@ def make_pictures(folder, *classes):
 
 
 def test_folders(run, monkeypatch, capsys, tmp_path):
-    """Each client has a folder of its own; every fifth image is a test image."""
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
         make_pictures(folder, "circle", "square", "triangle")
@@ -248,30 +235,26 @@ def test_folders(run, monkeypatch, capsys, tmp_path):
     axes = draw(monkeypatch, "predict.py", "model.pt", "--data-root", one)
     titles = [each.get_title().split("\n")[0] for each in axes]
     assert titles == ["circle", "circle", "square", "square", "triangle", "triangle"]
-    assert sys.modules["cifar"].read_images(one, train=True).tensors[0].is_contiguous()
 
 
 def test_folders_with_something_wrong_are_named(apply, tmp_path):
-    def reason(folder):
-        with pytest.raises(SystemExit) as error:
+    def stops(folder, reason):
+        with pytest.raises(SystemExit, match=reason):
             module.read_images(folder, train=True)
-        return error.value.code
 
     module = apply("folders")
     make_pictures(tmp_path / "images", "circle", "square", "triangle")
     path = tmp_path / "images" / "square" / "2.png"
     Image.new("I;16", (64, 64), 30_000).save(path)
-    unscaled = reason(tmp_path / "images")
-    assert unscaled.startswith(f"Cannot read {path}: ") and "8 bits" in unscaled
+    stops(tmp_path / "images", f"^Cannot read {path}: .*8 bits")
     path.write_bytes((path.parent / "3.png").read_bytes()[:60])
-    assert reason(tmp_path / "images").startswith(f"Cannot read {path}: ")
+    stops(tmp_path / "images", f"^Cannot read {path}: ")
     make_pictures(tmp_path / "nested", "train", "val")
-    assert re.search("2 classes: train, val.* fc3", reason(tmp_path / "nested"))
-    assert "no-such-folder" in reason(tmp_path / "no-such-folder")
+    stops(tmp_path / "nested", "2 classes: train, val.* fc3")
+    stops(tmp_path / "no-such-folder", "no-such-folder")
 
 
 def test_app(tmp_path, capsys):
-    """The flags are those of the run config; a client's also those of its node config."""
     app = load(EXAMPLES / "app.py")
     project = tomllib.loads((EXAMPLES / "pyproject.toml").read_text())
     listed = project["tool"]["flwr"]["app"]["config"]
@@ -286,12 +269,10 @@ def test_app(tmp_path, capsys):
 
     made = serve(rounds=5)
     assert (made.config.num_rounds, made.config.round_timeout) == (5, None)
-    torch.save(cifar.Net().state_dict(), tmp_path / "new" / "model.pt")
-    (tmp_path / "new" / "model.json").write_text("[{}, {}]")
     for reason, config in {
         "must end in .pt": {"model": "x.txt"},
+        "must exceed the 0": {"rounds": 0},
         "--lr: invalid float": {"lr": "fast"},
-        "must exceed the 2": {"rounds": 2, "resume": True},
         "Cannot load no.pt": {"model": "no.pt", "resume": True},
     }.items():
         with pytest.raises(Exception, match=reason):  # no SystemExit, which the engine hides
@@ -308,7 +289,7 @@ def test_engine(start, tmp_path):
     copied = [*SCRIPTS, ".gitignore"]  # `flwr run` leaves out what .gitignore names
     for path in (*map(ROOT.joinpath, copied), EXAMPLES / "app.py", EXAMPLES / "pyproject.toml"):
         shutil.copy(path, tmp_path)
-    link, *ports = free_ports(3)
+    link, *ports = free_port(), free_port(), free_port()
     config = (EXAMPLES / "config.toml").read_text().replace("8000", link)
     (tmp_path / "config.toml").write_text(config)
     folder = Path(sys.executable).parent

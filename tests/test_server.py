@@ -37,7 +37,7 @@ def evaluate_res(loss=1.0, num_examples=10, **metrics):
 
 
 class Client:
-    """A client that gives these answers; an exception is raised, a function is called."""
+    """A client that gives these answers, raises them, or calls them."""
 
     def __init__(self, update=None, evaluation=None):
         self.update = fit_res(weights()) if update is None else update
@@ -104,26 +104,14 @@ def with_value(value):
     return with_array(np.full(SHAPES[9], value, np.float32), 9)
 
 
-def of_bytes(content):
-    return FitRes(OK, common.Parameters([content] * len(SHAPES), "numpy.ndarray"), 10, {})
-
-
 BAD_UPDATES = {
     "nan": (with_value(np.nan), "array 9: NaN or infinity"),
-    "infinity": (with_value(-np.inf), "array 9: NaN or infinity"),
     "too large for float32": (with_array(np.full(SHAPES[2], 1e300)), "array 2: NaN or infinity"),
-    "shape": (
-        with_array(weights()[2][..., 0]),
-        "array 2: expected float32(16, 6, 5, 5), got float32(16, 6, 5)",
-    ),
+    "shape": (with_array(weights()[0]), "array 2: expected float32(16, 6, 5, 5), got float32(6, 3"),
     "too few": (fit_res(weights()[:-1]), "expected 10 arrays, got 9"),
     "too many": (fit_res(weights() + weights()[-1:]), "expected 10 arrays, got 11"),
-    "text": (
-        with_array(np.full(SHAPES[2], "1")),
-        "array 2: expected float32(16, 6, 5, 5), got <U1(16",
-    ),
-    "empty": (of_bytes(b""), "No data left in file"),
-    "junk": (of_bytes(b"junk"), "pickled"),
+    "text": (with_array(np.full(SHAPES[2], "1")), "got <U1(16, 6, 5, 5)"),
+    "junk": (FitRes(OK, common.Parameters([b"junk"] * 10, ""), 10, {}), "pickled"),
     "no examples": (fit_res(weights(), 0), "0 examples"),
 }
 
@@ -139,9 +127,7 @@ def test_bad_update_is_rejected_by_name_and_the_others_are_averaged(make, caplog
     assert history(tmp_path / "model.pt")[0]["clients"] == 1
 
 
-def test_constants_stay_and_an_aggregate_that_breaks_one_is_never_saved(
-    make, monkeypatch, tmp_path
-):
+def test_aggregate_that_breaks_a_constant_is_never_saved(make, monkeypatch, tmp_path):
     """Such as a mask of -inf, which FedAvgM subtracts from itself; integers stay, too."""
     mask = np.array([0, -np.inf, np.nan], np.float32)
 
@@ -201,11 +187,10 @@ def test_any_value_can_be_kept_in_a_record(make, tmp_path):
     made.fit(1, None)
     (record,) = history(tmp_path / "model.pt")
     assert (record["confusion"], record["f1"]) == ([[1, 0], [0, 1]], None)
-    assert "NaN" not in (tmp_path / "model.json").read_text()
 
 
 def test_run_ends_with_the_reason_if_a_round_would_fail_again(make, caplog, tmp_path):
-    """One client sends NaN, and Flower cannot send the other's config; both stay connected."""
+    """One sends NaN, and another's config cannot be sent; or the strategy wants two of one."""
 
     def misconfigured(client):
         ins = common.FitIns(update.parameters, {"x": [1, 2]})
@@ -221,18 +206,14 @@ def test_run_ends_with_the_reason_if_a_round_would_fail_again(make, caplog, tmp_
     assert "Accepted types: " in caplog.text or "TypeError(" in caplog.text
     assert (tmp_path / "model.pt").read_bytes() == before
     assert len(history(tmp_path / "model.pt")) == 1
-
-
-def test_strategy_that_chooses_nobody_is_a_failure(make, caplog):
-    made = make(Client(), Client())
-    made.strategy.min_fit_clients = 3
+    made = make(Client())
+    made.strategy.min_fit_clients = 2
     with pytest.raises(RuntimeError, match="^Round 1 failed"):
         made.fit(1, None)
-    assert "Sampling failed: number of available clients (2) is less than" in caplog.text
+    assert "Sampling failed: number of available clients (1) is less than" in caplog.text
 
 
 def test_strategy_may_keep_the_model(make, tmp_path):
-    """Such as one with a buffer that is full after two rounds; but not after a failure."""
     client = Client(fit_res(weights(1)))
     made = make(client)
     start, aggregate_fit = cifar.get_parameters(made.net), made.strategy.aggregate_fit
@@ -271,8 +252,6 @@ def test_strategy_may_send_something_else_than_the_model(make, tmp_path):
 
 
 def test_lost_clients_never_end_the_run(make, caplog, tmp_path):
-    """Five clients leave while they train, one after the other; the sixth stays."""
-
     def leave(client):
         made.clients.unregister(client)
         return GrpcBridgeClosed()
@@ -337,10 +316,6 @@ def test_files_are_on_the_disk_before_they_replace_the_old_ones(make, monkeypatc
 
 def test_all_clients_train_at_the_same_time(make, tmp_path):
     barrier = threading.Barrier(40, timeout=20)
-
-    def meet(client):
-        barrier.wait()
-        return fit_res(weights())
-
-    make(*[Client(meet) for _ in range(40)]).fit(1, None)
+    clients = [Client(lambda _: barrier.wait() >= 0 and fit_res(weights())) for _ in range(40)]
+    make(*clients).fit(1, None)
     assert history(tmp_path / "model.pt")[0]["clients"] == 40
