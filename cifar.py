@@ -181,7 +181,7 @@ def partition(labels: Tensor, num_partitions: int, alpha: float | None = None) -
     if alpha is None:
         order = random.permutation(len(labels))
         return [np.sort(order[i::num_partitions]) for i in range(num_partitions)]
-    # Drawn first: a test set, if it is split with alpha, too, gets the same shares.
+    # Drawn before the permutations, so that they do not depend on the number of images.
     shares = random.dirichlet([alpha] * num_partitions, size=int(labels.max()) + 1)
     pieces = []  # of each class, and for each partition
     for label, share in enumerate(shares):
@@ -219,7 +219,7 @@ def get_parameters(net: nn.Module) -> list[np.ndarray]:
 
 def set_parameters(net: nn.Module, parameters: list[np.ndarray]) -> None:
     """Set the shared state; raises ValueError or RuntimeError if they do not match."""
-    state = net.state_dict()  # with the modules' versions, which a new dict would lack
+    state = net.state_dict()  # keeps the modules' versions, unlike a new dict
     for name, array in zip(shared_state(net), parameters, strict=True):
         state[name] = torch.as_tensor(array)
     net.load_state_dict(state)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 # Flower and gRPC read these when they are imported.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # or DataLoader workers crash
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # or workers of a DataLoader crash
 # Never a proxy for this machine. If no_grpc_proxy is set, gRPC does not read no_proxy.
 no_proxy = "127.0.0.1,localhost,::1," + os.environ.get("no_proxy", "")
 os.environ.setdefault("no_grpc_proxy", no_proxy)
@@ -83,8 +83,8 @@ def make_client(args: Namespace) -> CifarClient:
     if args.seed is not None:
         torch.manual_seed(args.seed)
     model = cifar.Net().to(cifar.DEVICE)
-    images = args.data_root, args.synthetic, args.partition_id, args.num_partitions, args.alpha
-    return CifarClient(model, *cifar.load_data(args.batch_size, *images))
+    data = args.data_root, args.synthetic, args.partition_id, args.num_partitions, args.alpha
+    return CifarClient(model, *cifar.load_data(args.batch_size, *data))
 
 
 def wait_for_server(args: Namespace, certificates: bytes | None) -> None:

@@ -125,7 +125,7 @@ class CifarServer(fl.server.Server):
                     failures.append((client, update))
             received = f"{len(results)} results and {len(failures)} failures"
             log(INFO, f"aggregate_fit: received {received}")
-            # Sort by content: clients answer in any order, on which a sum of floats depends.
+            # Sort by content: clients answer in any order, and a sum of floats depends on it.
             results.sort(key=lambda result: result[1].parameters.tensors)
             # Aggregate. FedAvg: w = sum of n_k / n * w_k over the clients k, where client k
             # has n_k of all n images and sent the weights w_k.
@@ -252,6 +252,7 @@ def main() -> None:
         parser.error(f"--rounds must be more than {server.rounds_done}, which are done")
     args.model.parent.mkdir(parents=True, exist_ok=True)
     has_tls = args.ssl_certfile or args.ssl_keyfile or args.ssl_ca_certfile
+    # Flower reads the three files, and exits if one is missing.
     certificates = try_obtain_server_certificates(args) if has_tls else None
     if not has_tls and not args.server_address.startswith(("127.", "localhost:", "[::1]:")):
         log(WARNING, "No TLS: others on the network can read and change what is sent")
